@@ -1,0 +1,43 @@
+"""Package definition of st4vla_jax (settings of tools are in .ruff.toml and tests/pytest.ini)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TORCH = ["torch==2.13.0", "safetensors>=0.5"]  # the one exact pin: newer ones pull CUDA packages
+TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9,<1"]
+
+setup(
+    name="st4vla_jax",
+    version="0.1.0",
+    description="Spatially guided vision-language-action policies in JAX, at TPU scale",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["st4vla_jax*", "convert_weights*", "configs*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10,<0.12",
+        "flax>=0.12,<0.13",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12,<0.13",
+        "grain>=0.2.15",
+        "tensorflow-datasets>=4.9.9",
+        "transformers>=5.0,<6",
+        "tokenizers>=0.22",
+        "ml-collections>=1.1",
+        "chex>=0.1.91",
+        "wandb>=0.20",
+        "numpy>=2.0",
+        "pillow>=11",
+        "pyyaml>=6",
+    ],
+    extras_require={
+        "test": TEST,
+        "torch": TORCH,
+        "bench": TORCH,
+        "serve": ["msgpack>=1.1", "websockets>=14"],
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "cuda": ["jax[cuda13]>=0.10,<0.12"],
+    },
+)

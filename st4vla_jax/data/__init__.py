@@ -1,0 +1,1 @@
+"""Data: numpy on the host, no jax, no torch, no TensorFlow."""

@@ -1,0 +1,1 @@
+"""Flax Linen modules and pure functions over plain parameter dicts."""

@@ -1,0 +1,235 @@
+"""The layers that create parameters, with logical axis names; and the scanned stack of blocks.
+
+Kernels keep their natural axes (a query projection is [D,N,H], not [D,N*H]), so that the sharding
+rules divide heads and never a head.  Norms compute in f32; matmuls in the caller's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from st4vla_jax.sharding import Axes, is_axes
+
+Init = Callable[..., jax.Array]
+Params = Any
+
+normal_init = nn.initializers.normal
+
+
+def boxed(init: Init, names: tuple[str | None, ...]) -> Init:
+    """Initializer whose result carries its logical axis names."""
+
+    def wrapped(key, shape, dtype):
+        if len(shape) != len(names):
+            raise ValueError(f"shape {shape} does not fit logical axes {names}")
+        return Axes(init(key, shape, dtype), names)
+
+    return wrapped
+
+
+def fan_init(kind: str, num_in: int) -> Init:
+    """PyTorch's initialisers for a kernel whose first ``num_in`` axes are inputs.
+
+    ``xavier`` is xavier_uniform_; ``torch_linear`` is nn.Linear's default for weights
+    (kaiming_uniform with a = sqrt(5), that is U(+-1/sqrt(fan_in))).
+    """
+
+    def init(key, shape, dtype=jnp.float32):
+        fan_in, fan_out = math.prod(shape[:num_in]), math.prod(shape[num_in:])
+        bound = {
+            "xavier": math.sqrt(6 / (fan_in + fan_out)),
+            "torch_linear": 1 / math.sqrt(fan_in),
+        }[kind]
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Linear(nn.Module):
+    """y = x @ kernel + bias over the trailing ``len(in_shape)`` axes of x.
+
+    Attributes:
+      in_shape, out_shape: axes of the kernel, e.g. (D,) -> (N, H) for a query projection.
+      axes: one logical name for each axis of the kernel, inputs first.
+      dtype: dtype of the matmul and of the result; param_dtype: dtype of fresh parameters.
+    """
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    use_bias: bool = True
+    dtype: Any = jnp.bfloat16
+    param_dtype: Any = jnp.float32
+    kernel_init: Init = normal_init(0.02)
+    bias_init: Init = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        num_in = len(self.in_shape)
+        kernel = self.param(
+            "kernel",
+            boxed(self.kernel_init, self.axes),
+            (*self.in_shape, *self.out_shape),
+            self.param_dtype,
+        )
+        lead, inner = x.shape[: x.ndim - num_in], x.shape[x.ndim - num_in :]
+        if inner != tuple(self.in_shape):
+            raise ValueError(f"{self.name}: input {x.shape} does not end in {self.in_shape}")
+        contract = ((tuple(range(len(lead), x.ndim)), tuple(range(num_in))), ((), ()))
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), contract)
+        if self.use_bias:
+            bias = self.param(
+                "bias",
+                boxed(self.bias_init, self.axes[num_in:]),
+                tuple(self.out_shape),
+                self.param_dtype,
+            )
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class Embed(nn.Module):
+    """Token embedding table [V,D] with logical axes (vocab, embed)."""
+
+    num_embeddings: int
+    features: int
+    axes: tuple[str | None, ...] = ("vocab", "embed")
+    param_dtype: Any = jnp.float32
+    embedding_init: Init = normal_init(0.02)
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """Returns the table; callers take rows or use it as the tied output head."""
+        return self.param(
+            "embedding",
+            boxed(self.embedding_init, self.axes),
+            (self.num_embeddings, self.features),
+            self.param_dtype,
+        )
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in f32, cast back to x's dtype, then times the scale (HF Qwen2RMSNorm)."""
+
+    features: int
+    axis: str | None
+    eps: float = 1e-6
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param(
+            "scale",
+            boxed(nn.initializers.ones_init(), (self.axis,)),
+            (self.features,),
+            self.param_dtype,
+        )
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, eps: float) -> jax.Array:
+    """LayerNorm without parameters over the last axis, in f32; result in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    var = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(var + eps)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with scale and bias over the last axis, in f32; result in x's dtype."""
+
+    features: int
+    axis: str | None
+    eps: float = 1e-5
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.features,)
+        ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
+        scale = self.param("scale", boxed(ones, (self.axis,)), shape, self.param_dtype)
+        bias = self.param("bias", boxed(zeros, (self.axis,)), shape, self.param_dtype)
+        y = layer_norm(x.astype(jnp.float32), self.eps) * scale.astype(jnp.float32)
+        return (y + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def gather_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Reads rows of each batch element: x [B,n,...], index i32[B,...] -> [B,...,*x.shape[2:]].
+
+    The one way indices are read: batched over B only.  Other forms of the same gather make the
+    partitioner all-gather whole activations (DESIGN.md D2).
+    """
+    return jax.vmap(lambda row, i: jnp.take(row, i, axis=0, mode="clip"))(x, index)
+
+
+# --- Scanned stacks -----------------------------------------------------------------------------
+# Blocks of a stack are applied as pure functions of one slice of a stacked parameter tree.  This
+# instead of nn.scan, because a bridge over several layers scans static slices of the language
+# model's stack while its own blocks ride along (DESIGN.md section 6).
+
+REMAT_POLICIES: dict[str, Callable | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def remat(fn: Callable, policy: str) -> Callable:
+    """`jax.checkpoint` by policy name ("none", "full", "dots"), for the body of a scan."""
+    if policy == "none":
+        return fn
+    # prevent_cse is only needed outside of scan, where XLA could merge the recomputation.
+    return jax.checkpoint(fn, policy=REMAT_POLICIES[policy], prevent_cse=False)
+
+
+class Stack(nn.Module):
+    """Parameters of ``length`` equal blocks, stacked on a leading axis named ``layers``.
+
+    Attributes:
+      block: an unbound module (made with ``parent=None``).
+      length: number of blocks.
+      example: arguments for ``block.init``, as a tuple of ShapeDtypeStructs (or None).
+    """
+
+    block: nn.Module
+    length: int
+    example: tuple[Any, ...]
+
+    @nn.compact
+    def __call__(self) -> Params:
+        """Returns the stacked parameter tree of the blocks, each leaf [length, ...]."""
+        names = jax.eval_shape(self._init_block, jax.random.key(0))
+        return {name: self.param(name, self._init_stack, name) for name in names}
+
+    def _init_block(self, key: jax.Array) -> Params:
+        args = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.example)
+        return self.block.init(key, *args)["params"]
+
+    def _init_stack(self, key: jax.Array, name: str) -> Params:
+        keys = jax.random.split(key, self.length)
+        tree = jax.vmap(lambda k: self._init_block(k)[name])(keys)
+        layer_axis = {meta.PARTITION_NAME: "layers"}
+        return jax.tree.map(lambda b: b.add_axis(0, layer_axis), tree, is_leaf=is_axes)
+
+
+def layer_slice(stack: Params, start: int, stop: int) -> Params:
+    """Blocks start..stop-1 of a stack; the whole stack is passed through uncopied."""
+    return jax.tree.map(lambda p: p if (start, stop) == (0, len(p)) else p[start:stop], stack)
+
+
+def scan_blocks(body: Callable, carry: Any, xs: Any, policy: str) -> Any:
+    """lax.scan of ``body(carry, x) -> carry`` over the layer axis of ``xs``, rematerialised."""
+
+    def step(c, x):
+        return body(c, x), None
+
+    return jax.lax.scan(remat(step, policy), carry, xs)[0]
