@@ -212,8 +212,8 @@ def bridge_rules(cfg: BridgeConfig, vlm_size: int, dino_size: int) -> list[Rule]
     """`dino_pro.*` and `layer_qformer.*`; the state encoder has no upstream counterpart."""
     sizes = {
         "d": cfg.hidden_size, "e": vlm_size, "b": dino_size, "q": cfg.num_queries, "s": 3,
-        "n": cfg.num_heads, "h": cfg.hidden_size // cfg.num_heads, "f": cfg.mlp_ratio * cfg.hidden_size,
-        "a": cfg.state_dim, "k": cfg.state_hidden_size,
+        "n": cfg.num_heads, "h": cfg.hidden_size // cfg.num_heads,
+        "f": cfg.mlp_ratio * cfg.hidden_size, "a": cfg.state_dim, "k": cfg.state_hidden_size,
     }  # fmt: skip
     block = [
         *_norm("norm1", "norm1", bias=True),

@@ -82,7 +82,7 @@ class TextConfig:
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         checks = {
             f"{heads} heads are not a multiple of {groups} key/value heads": heads % groups,
-            f"mrope_section {self.mrope_section} does not sum to half of head_dim {self.head_dim}": (
+            f"mrope_section {self.mrope_section} does not sum to head_dim {self.head_dim} / 2": (
                 2 * sum(self.mrope_section) != self.head_dim
             ),
         }

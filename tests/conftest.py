@@ -22,3 +22,14 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs ../shared")
     return SHARED
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """In CI a skipped parity or ahead-of-time test is a failure: a green run must have run them."""
+    outcome = yield
+    report = outcome.get_result()
+    required = {m for m in ("parity", "aot") if item.get_closest_marker(m)}
+    if report.skipped and required and os.environ.get("CI") == "true":
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI, though marked {sorted(required)}: {report.longrepr}"

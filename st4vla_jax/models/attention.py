@@ -37,7 +37,7 @@ def attention(
       q_offset: index of the first query among the keys.
       query_chunk: handles this many queries at a time, so that memory stays linear in Tq;
         0 = all at once.
-      weights_fn: applied to the softmax weights [...,G,N/G,Tq,Tk] (dropout).
+      weights_fn: applied to the softmax weights [...,G,Tq,N/G,Tk] (dropout).
 
     Returns:
       [...,Tq,N,H] in q's dtype.
@@ -73,7 +73,8 @@ def _dense(q, k, v, q_segments, kv_segments, causal, q_offset, weights_fn):
     *lead, q_len, heads, dim = q.shape
     kv_len, groups = k.shape[-3:-1]
     q = q.reshape(*lead, q_len, groups, heads // groups, dim)
-    scores = jnp.einsum("...qgnh,...kgh->...gnqk", q, k, preferred_element_type=jnp.float32)
+    # [...,G,Tq,N/G,Tk] is the order in which the matmul leaves them: no transpose of the scores.
+    scores = jnp.einsum("...qgnh,...kgh->...gqnk", q, k, preferred_element_type=jnp.float32)
     scores = scores * dim**-0.5
     mask = None
     if q_segments is not None:
@@ -82,10 +83,10 @@ def _dense(q, k, v, q_segments, kv_segments, causal, q_offset, weights_fn):
         order = jnp.arange(kv_len)[None, :] <= jnp.arange(q_len)[:, None] + q_offset
         mask = order if mask is None else mask & order
     if mask is not None:
-        mask = mask[..., None, None, :, :]
+        mask = mask[..., None, :, None, :]
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1)
     if weights_fn is not None:
         weights = weights_fn(weights)
-    out = jnp.einsum("...gnqk,...kgh->...qgnh", weights.astype(v.dtype), v)
+    out = jnp.einsum("...gqnk,...kgh->...qgnh", weights.astype(v.dtype), v)
     return out.reshape(*lead, q_len, heads, dim)
