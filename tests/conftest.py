@@ -2,7 +2,12 @@
 
 import os
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Tests compile much and compute little: LLVM at level 0 halves their time.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true",
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -10,6 +15,9 @@ from pathlib import Path
 
 import jax
 import pytest
+
+# Imported first: pytest's importlib mode would take the folder tests/convert_weights for it.
+import convert_weights  # noqa: F401
 
 jax.config.update("jax_default_matmul_precision", "highest")
 

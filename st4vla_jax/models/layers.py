@@ -207,16 +207,16 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self) -> Params:
         """Returns the stacked parameter tree of the blocks, each leaf [length, ...]."""
-        names = jax.eval_shape(self._init_block, jax.random.key(0))
-        return {name: self.param(name, self._init_stack, name) for name in names}
+        if self.is_initializing():
+            # One draw for the whole stack: an initialiser for each leaf would trace all of them.
+            tree = self._init_stack(self.make_rng("params"))
+            return {name: self.param(name, lambda _, v=value: v) for name, value in tree.items()}
+        return dict(self.variables["params"])
 
-    def _init_block(self, key: jax.Array) -> Params:
+    def _init_stack(self, key: jax.Array) -> Params:
         args = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.example)
-        return self.block.init(key, *args)["params"]
-
-    def _init_stack(self, key: jax.Array, name: str) -> Params:
         keys = jax.random.split(key, self.length)
-        tree = jax.vmap(lambda k: self._init_block(k)[name])(keys)
+        tree = jax.vmap(lambda k: self.block.init(k, *args)["params"])(keys)
         layer_axis = {meta.PARTITION_NAME: "layers"}
         return jax.tree.map(lambda b: b.add_axis(0, layer_axis), tree, is_leaf=is_axes)
 

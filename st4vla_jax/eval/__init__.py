@@ -1,0 +1,1 @@
+"""Evaluation: answers parsed and scored."""
