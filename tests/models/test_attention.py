@@ -38,7 +38,7 @@ def visible(**kwargs):
 
 def test_mask_matrices():
     segments = [1, 1, 2, 0]
-    both = dict(q_segments=segments, kv_segments=segments)
+    both = {"q_segments": segments, "kv_segments": segments}
     assert visible(causal=True) == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     assert visible(**both) == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
     assert visible(**both, causal=True) == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
@@ -50,7 +50,7 @@ def test_mask_matrices():
 def test_chunks_change_nothing(chunk, causal):
     q, k, v = random(2, 10, 4, 8), random(2, 10, 2, 8), random(2, 10, 2, 8, seed=1)
     segments = np.repeat([[1, 1, 2, 2, 2], [1, 2, 2, 3, 0]], 2, axis=1)
-    kwargs = dict(q_segments=segments, kv_segments=segments, causal=causal)
+    kwargs = {"q_segments": segments, "kv_segments": segments, "causal": causal}
 
     def loss(q, k, v, chunk):
         return jnp.sum(jnp.sin(attention(q, k, v, query_chunk=chunk, **kwargs)))

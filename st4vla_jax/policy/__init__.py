@@ -1,0 +1,1 @@
+"""What predict, evaluation and serving share."""
