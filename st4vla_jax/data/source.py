@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Turn:
-    """One turn of a conversation; each ``<image>`` in ``text`` stands for the next image."""
+class Region:
+    """A box, point or trajectory, in ORIGINAL pixels of one image of its sample.
 
-    role: str  # "user" or "assistant"
+    Attributes:
+      kind: what the coordinates are.
+      coordinates: f32[n,2] (x, y): two corners of a box, one point, or n way-points in time order.
+      image: index among the sample's images.
+      label: name of the object, or "".
+    """
+
+    kind: Literal["box", "point", "trajectory"]
+    coordinates: np.ndarray
+    image: int = 0
+    label: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation.
+
+    Attributes:
+      role: "user" or "assistant".
+      text: each ``<image>`` stands for the sample's next image; each ``<region>`` for the next of
+        ``regions``, rendered in pixels of the resized image when the sample is encoded
+        (data/answers.py), so that crops and resizes move it along.
+      regions: in the order of their placeholders.
+    """
+
+    role: str
     text: str
+    regions: tuple[Region, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +65,8 @@ class Sample:
 
     Attributes:
       images: u8[h,w,3] arrays in view order, original pixels.
-      turns: conversation; a robot sample has one user turn, its instruction.
+      turns: conversation; a robot sample has one user turn, its bare instruction (prompt and image
+        placeholders are added when it is encoded).
       robot: the action side, or None for a grounding sample.
       group: data set and answer kind, for metrics.
       record: file and record, for error messages.
@@ -56,6 +83,9 @@ class Sample:
 class Lengths:
     """Capacity that each sample of a source takes, known without reading its images.
 
+    Upper bounds where augmentation changes a text (coordinates of a crop have fewer digits); what a
+    sample takes in the end is never more.
+
     Attributes:
       tokens: i32[n] tokens (T); slots: i32[n] vision slots (P, multiples of 64);
       targets: i32[n] supervised tokens (M); robot: i32[n] robot samples (K), 0 or 1.
@@ -67,12 +97,28 @@ class Lengths:
     robot: np.ndarray
 
 
+class BadRecordError(ValueError):
+    """A record that cannot be used (does not decode, NaN actions, ...); names file and record.
+
+    Its scheduled slot becomes padding, counted and named, up to ``max_bad_records``.  Transient
+    I/O problems are OSErrors instead: they are retried, then raised, and never change a batch.
+    """
+
+
 @runtime_checkable
 class Source(Protocol):
-    """Random access by index; thread-safe; picklable in under 1 KB."""
+    """Random access by index; thread-safe; picklable in under 1 KB (paths only)."""
+
+    name: str
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
 
-    def lengths(self) -> Lengths: ...
+    def lengths(self, encoder: Any) -> Lengths:
+        """Lengths under a `data.encoder.SampleEncoder` (tokenizer, prompt, image sizes)."""
+        ...
+
+    def fingerprint(self) -> str:
+        """sha256 of what decides the samples: files (sizes, hashes), filters, order, settings."""
+        ...

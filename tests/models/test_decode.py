@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from reference import qwen
 
 from convert_weights.rules import leaves_from_torch, nested, text_rules
 from st4vla_jax.config import FLOAT32, ModelConfig, TextConfig, VisionConfig
 from st4vla_jax.models.decode import generate, sample
 from st4vla_jax.models.kv_cache import append_segments, init_cache
 from st4vla_jax.models.qwen_vl import QwenVL
+from tests.reference import qwen
 
 NEW = 64
 

@@ -219,12 +219,17 @@ def test_a_tap_does_not_change_the_parameter_tree():
     assert trees[0] == trees[1]
 
 
-def test_the_default_tap_slices_no_weights(params):
+def test_only_a_tap_inside_the_stack_slices_weights(params):
     packed = pack([[5]], 5)
-    jaxpr = jax.make_jaxpr(collect, static_argnums=(2, 3))(params, packed, DEPTH, DEPTH + 1)
     stacked = {p.shape for p in jax.tree.leaves(params["blocks"])}
-    sliced = [e for e in jaxpr.eqns if e.primitive.name == "slice"]
-    assert not [e for e in sliced if e.invars[0].aval.shape in stacked]
+
+    def num_slices(start, end):
+        jaxpr = jax.make_jaxpr(collect, static_argnums=(2, 3))(params, packed, start, end)
+        sliced = [e for e in jaxpr.eqns if e.primitive.name == "slice"]
+        return sum(e.invars[0].aval.shape in stacked for e in sliced)
+
+    assert num_slices(DEPTH, DEPTH + 1) == 0
+    assert num_slices(1, 3) > 0
 
 
 def test_query_chunks_equal_one_piece(params):

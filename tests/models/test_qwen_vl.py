@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from reference import qwen
 
 from convert_weights.rules import text_rules, vision_rules
 from st4vla_jax.config import FLOAT32
@@ -15,6 +14,7 @@ from st4vla_jax.models.layers import gather_rows
 from st4vla_jax.models.qwen_lm import Tap
 from st4vla_jax.models.qwen_vl import QwenVL
 from st4vla_jax.sharding import make_mesh, param_shardings, unbox
+from tests.reference import qwen
 
 SIZES = {
     "text only": (),
