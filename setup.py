@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TORCH = ["torch==2.13.0", "safetensors>=0.5"]  # the one exact pin: newer ones pull CUDA packages
+LEROBOT = ["av>=14", "pyarrow>=18"]
 TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9,<1"]
 
 setup(
@@ -34,6 +35,7 @@ setup(
     ],
     extras_require={
         "test": TEST,
+        "lerobot": LEROBOT,
         "torch": TORCH,
         "bench": TORCH,
         "serve": ["msgpack>=1.1", "websockets>=14"],

@@ -33,7 +33,8 @@ class Turn:
       role: "user" or "assistant".
       text: each ``<image>`` stands for the sample's next image; each ``<region>`` for the next of
         ``regions``, rendered in pixels of the resized image when the sample is encoded
-        (data/answers.py), so that crops and resizes move it along.
+        (data/answers.py), so that crops and resizes move it along; ``<coordinates>`` likewise,
+        its bare numbers for a text of another format.
       regions: in the order of their placeholders.
     """
 

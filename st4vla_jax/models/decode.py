@@ -125,9 +125,9 @@ def sample(logits: Array, keys: Array | None, temperature: float, top_p: float) 
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, axis=-1) / temperature
     probabilities = jax.nn.softmax(ranked, axis=-1)
-    # A token stays if those before it have not reached top_p yet: the first one always does.
+    # A token stays if those before it have not reached top_p: nothing is before the first.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    ranked = jnp.where((before < top_p).at[:, 0].set(True), ranked, -jnp.inf)
+    ranked = jnp.where(before < top_p, ranked, -jnp.inf)
     rank = jax.vmap(jax.random.categorical)(keys, ranked)
     return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
 

@@ -1,0 +1,428 @@
+"""Open-X Embodiment and LIBERO as data: one `RobotSpec` for each data set, and mixtures of them.
+
+Facts of spec data.md section 5 (openvla's transforms and mixtures, control rates from RDT).  Every
+action becomes f32[7]: delta xyz (m), delta roll-pitch-yaw (rad), gripper 1 = open.  A set that is
+not here needs no entry: `robot_spec` also reads a JSON file.
+
+Statistics are keyed by data set, except where released checkpoints use a tag of their own (spec
+upstream.md 2.6).  differs: droid's exterior cameras are not swapped at random, and its all-zero
+chunks are left to the pause filter of the index instead of fixed quantiles.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from st4vla_jax.data.robot_spec import Part, RobotSpec, SpecError, nearest
+
+_RLDS = "_converted_externally_to_rlds"
+_GOOGLE_LANGUAGE = "observation/natural_language_instruction"
+
+
+def _part(column: str, start: int | None = None, stop: int | None = None, *ops: str) -> Part:
+    return Part(column, (start, stop), ops=ops)
+
+
+def _zeros(count: int) -> Part:
+    return Part(constant=(0.0,) * count)
+
+
+def _views(primary: str, secondary: str = "", wrist: str = "") -> dict[str, str]:
+    views = {"primary": primary, "secondary": secondary, "wrist": wrist}
+    return {view: f"observation/{image}" for view, image in views.items() if image}
+
+
+def _spec(
+    name: str,
+    images: dict[str, str],
+    hz: float,
+    action: tuple[Part, ...],
+    state: tuple[Part, ...] = (),
+    *,
+    embodiment: str = "",
+    language: str = "language_instruction",
+    language_encoding: str = "text",
+    skip_first: int = 0,
+) -> RobotSpec:
+    return RobotSpec(
+        name,
+        embodiment or name,
+        images,
+        language,
+        action,
+        state,
+        language_encoding=language_encoding,
+        control_hz=hz,
+        skip_first=skip_first,
+    )
+
+
+# The Google format: separate arrays for translation, rotation and gripper.
+_MOVE = (_part("action/world_vector"), _part("action/rotation_delta"))
+_GRIPPER = "action/gripper_closedness_action"
+# The external format: one array of 6 deltas and a gripper.
+_DELTA = _part("action", 0, 6)
+_ROTATED = (_part("action", 0, 3), _part("action", 3, 7, "quaternion_to_euler"))
+_CLOSES = (_DELTA, _part("action", -1, None, "invert"))  # stored gripper: 1 = closed
+_CLOSES_CLIPPED = (_DELTA, _part("action", -1, None, "clip", "invert"))
+_STATE = "observation/state"
+_STATE_DELTA = _part(_STATE, 0, 6, "relabel")
+_POSE_AND_GRIPPER = (_part(_STATE, 0, 6), _zeros(1), _part(_STATE, -1))
+_LIBERO_SUITES = ("spatial", "object", "goal", "10", "90")
+
+_SPECS = (
+    _spec(
+        "fractal20220817_data",
+        _views("image"),
+        3,
+        (*_MOVE, _part(_GRIPPER, None, None, "rel2abs")),
+        (_part("observation/base_pose_tool_reached"), _part("observation/gripper_closed")),
+        embodiment="oxe_rt1",
+        language=_GOOGLE_LANGUAGE,
+    ),
+    _spec(
+        "kuka",
+        _views("image"),
+        10,
+        (*_MOVE, _part(_GRIPPER, None, None, "rel2abs")),
+        (
+            Part("observation/clip_function_input/base_pose_tool_reached", encoding="zlib_f32"),
+            Part("observation/gripper_closed", encoding="zlib_f32"),
+        ),
+        language=_GOOGLE_LANGUAGE,
+    ),
+    _spec(  # skip_first=0 is octo's convention, 1 openvla's: the first action is all zeros
+        "bridge_orig",
+        _views("image_0", "image_1"),
+        5,
+        (_STATE_DELTA, _part("action", -1, None, "binarize")),
+        _POSE_AND_GRIPPER,
+        embodiment="oxe_bridge",
+        skip_first=1,
+    ),
+    _spec(
+        "bridge_oxe",
+        _views("image", "image_1"),
+        5,
+        (_STATE_DELTA, _part("action/open_gripper")),
+        _POSE_AND_GRIPPER,
+        embodiment="oxe_bridge",
+        language=_GOOGLE_LANGUAGE,
+        skip_first=1,
+    ),
+    _spec(
+        "taco_play",
+        _views("rgb_static", wrist="rgb_gripper"),
+        15,
+        (
+            _part("action/rel_actions_world", 0, 6),
+            _part("action/rel_actions_world", -1, None, "clip"),
+        ),
+        (_part("observation/robot_obs", 0, 6), _zeros(1), _part("observation/robot_obs", 7, 8)),
+        language=_GOOGLE_LANGUAGE,
+    ),
+    _spec(
+        "jaco_play",
+        _views("image", wrist="image_wrist"),
+        10,
+        (_MOVE[0], _zeros(3), _part(_GRIPPER, None, None, "rel2abs")),
+        (
+            _part("observation/end_effector_cartesian_pos", 0, 6),
+            _zeros(1),
+            _part("observation/end_effector_cartesian_pos", -1),
+        ),
+        language=_GOOGLE_LANGUAGE,
+    ),
+    _spec(
+        "berkeley_cable_routing",
+        _views("image", "top_image", "wrist45_image"),
+        10,
+        (*_MOVE, _zeros(1)),
+        (_part("observation/robot_state"), _zeros(1)),
+        language=_GOOGLE_LANGUAGE,
+    ),
+    _spec(
+        "roboturk",
+        _views("front_rgb"),
+        10,
+        (*_MOVE, _part(_GRIPPER, None, None, "clip", "invert")),
+        language=_GOOGLE_LANGUAGE,
+    ),
+    _spec(
+        "viola",
+        _views("agentview_rgb", wrist="eye_in_hand_rgb"),
+        20,
+        (*_MOVE, _part(_GRIPPER, None, None, "clip", "invert")),
+        (_part("observation/joint_states"), _part("observation/gripper_states")),
+        language=_GOOGLE_LANGUAGE,
+    ),
+    _spec(
+        "berkeley_autolab_ur5",
+        _views("image", wrist="hand_image"),
+        5,
+        (*_MOVE, _part(_GRIPPER, None, None, "rel2abs")),
+        (_part("observation/robot_state", 6, 14),),
+        language=_GOOGLE_LANGUAGE,
+    ),
+    _spec(
+        "toto",
+        _views("image"),
+        30,
+        (*_MOVE, _part("action/open_gripper")),
+        (_part(_STATE), _zeros(1)),
+        language=_GOOGLE_LANGUAGE,
+    ),
+    _spec(  # two dimensions in the plane of the table, no gripper
+        "language_table",
+        _views("rgb"),
+        10,
+        (_part("action"), _zeros(4), Part(constant=(1.0,))),
+        (_part("observation/effector_translation"), _zeros(6)),
+        language="observation/instruction",
+        language_encoding="code_points",
+    ),
+    _spec(
+        "stanford_hydra_dataset" + _RLDS,
+        _views("image", wrist="wrist_image"),
+        10,
+        _CLOSES,
+        (_part(_STATE, 0, 3), _part(_STATE, 7, 10), _zeros(1), _part(_STATE, -3, -2)),
+    ),
+    _spec(
+        "austin_buds_dataset" + _RLDS,
+        _views("image", wrist="wrist_image"),
+        20,
+        _CLOSES_CLIPPED,
+        (_part(_STATE, 0, 8),),
+    ),
+    _spec(
+        "nyu_franka_play_dataset" + _RLDS,
+        _views("image", "image_additional_view"),
+        3,
+        (_part("action", -8, -2), _part("action", -2, -1, "clip")),
+        (_part(_STATE, -6), _zeros(2)),
+    ),
+    _spec(
+        "furniture_bench_dataset" + _RLDS,
+        _views("image", wrist="wrist_image"),
+        10,
+        (*_ROTATED, _part("action", -1, None, "clip", "invert")),
+        (_part(_STATE, 0, 7), _part(_STATE, -1)),
+    ),
+    _spec(
+        "ucsd_kitchen_dataset" + _RLDS,
+        _views("image"),
+        2,
+        (_part("action", 0, -1),),
+        (_part(_STATE, 0, 7), _zeros(1)),
+    ),
+    *(
+        _spec(
+            name + _RLDS,
+            _views("image", wrist="wrist_image"),
+            20,
+            _CLOSES_CLIPPED,
+            (_part(_STATE),),
+        )
+        for name in ("austin_sailor_dataset", "austin_sirius_dataset")
+    ),
+    _spec(
+        "dlr_edan_shared_control" + _RLDS,
+        _views("image"),
+        5,
+        _CLOSES,
+        (_part(_STATE), _zeros(1)),
+    ),
+    _spec(
+        "iamlab_cmu_pickup_insert" + _RLDS,
+        _views("image", wrist="wrist_image"),
+        20,
+        (*_ROTATED, _part("action", 7, 8)),
+        (_part(_STATE, 0, 8),),
+    ),
+    _spec(
+        "utaustin_mutex",
+        _views("image", wrist="wrist_image"),
+        20,
+        _CLOSES_CLIPPED,
+        (_part(_STATE, 0, 8),),
+    ),
+    _spec(  # actions have no gripper: the measured one stands for it
+        "berkeley_fanuc_manipulation",
+        _views("image", wrist="wrist_image"),
+        10,
+        (_DELTA, _part(_STATE, 6, 7, "invert")),
+        (_part(_STATE, 0, 6), _zeros(1), _part(_STATE, 6, 7)),
+    ),
+    _spec(
+        "cmu_stretch",
+        _views("image"),
+        10,
+        (_part("action", 0, -1),),
+        (_part(_STATE, 0, 3), _zeros(4), _part(_STATE, -1)),
+    ),
+    _spec(  # use v0.1.0
+        "bc_z",
+        _views("image"),
+        10,
+        (
+            _part("action/future/xyz_residual", 0, 3),
+            _part("action/future/axis_angle_residual", 0, 3),
+            _part("action/future/target_close", 0, 1, "invert"),
+        ),
+        (
+            _part("observation/present/xyz"),
+            _part("observation/present/axis_angle"),
+            _zeros(1),
+            _part("observation/present/sensed_close"),
+        ),
+        language=_GOOGLE_LANGUAGE,
+    ),
+    _spec(
+        "fmb_dataset",
+        _views("image_side_1", "image_side_2", "image_wrist_1"),
+        10,
+        (_part("action"),),
+        (_part("observation/eef_pose"), _part("observation/state_gripper_pose")),
+    ),
+    _spec("dobbe", _views("wrist_image"), 30, (_part("action"),), (_part(_STATE),)),
+    _spec(
+        "droid",
+        _views("exterior_image_1_left", "exterior_image_2_left", "wrist_image_left"),
+        15,
+        (
+            _part("action_dict/cartesian_velocity", 0, 6),
+            _part("action_dict/gripper_position", None, None, "invert"),
+        ),
+        (_part("observation/cartesian_position"), _part("observation/gripper_position")),
+        embodiment="oxe_droid",
+    ),
+    *(
+        _spec(  # the stored gripper is -1 = open, 1 = closed
+            f"libero_{suite}_no_noops",
+            _views("image", wrist="wrist_image"),
+            20,
+            _CLOSES_CLIPPED,
+            (_part(_STATE, 0, 8),),
+            embodiment="franka",
+        )
+        for suite in _LIBERO_SUITES
+    ),
+)
+
+SPECS: Mapping[str, RobotSpec] = {spec.name: spec for spec in _SPECS}
+
+_MAGIC_SOUP = {
+    "fractal20220817_data": 0.54087122203,
+    "kuka": 0.8341046294,
+    "bridge_orig": 1.0,
+    "taco_play": 2.0,
+    "jaco_play": 1.0,
+    "berkeley_cable_routing": 1.0,
+    "roboturk": 2.0,
+    "viola": 2.0,
+    "berkeley_autolab_ur5": 2.0,
+    "toto": 1.0,
+    "language_table": 0.1,
+    "stanford_hydra_dataset" + _RLDS: 2.0,
+    "austin_buds_dataset" + _RLDS: 1.0,
+    "nyu_franka_play_dataset" + _RLDS: 3.0,
+    "furniture_bench_dataset" + _RLDS: 0.1,
+    "ucsd_kitchen_dataset" + _RLDS: 2.0,
+    "austin_sailor_dataset" + _RLDS: 1.0,
+    "austin_sirius_dataset" + _RLDS: 1.0,
+    "dlr_edan_shared_control" + _RLDS: 1.0,
+    "iamlab_cmu_pickup_insert" + _RLDS: 1.0,
+    "utaustin_mutex": 1.0,
+    "berkeley_fanuc_manipulation": 2.0,
+    "cmu_stretch": 1.0,
+}
+_MAGIC_SOUP_PLUS = {**_MAGIC_SOUP, "bc_z": 0.2, "fmb_dataset": 1.0, "dobbe": 0.2, "droid": 0.06}
+
+# Name -> data set -> weight.  openvla means these times the number of transitions (alpha = 1 in
+# `shares`), InternVLA-M1 takes them as they are (alpha = 0).
+MIXTURES: Mapping[str, Mapping[str, float]] = {
+    "bridge": {"bridge_orig": 1.0},
+    "bridge_rt_1": {"bridge_orig": 1.0, "fractal20220817_data": 1.0},
+    "rtx": {
+        "fractal20220817_data": 0.54087122203,
+        "kuka": 0.8341046294,
+        "bridge_orig": 1.0,
+        "taco_play": 2.0,
+        "jaco_play": 2.0,
+        "berkeley_cable_routing": 3.0,
+        "roboturk": 1.0,
+        "viola": 2.0,
+        "berkeley_autolab_ur5": 1.0,
+        "toto": 1.0,
+    },
+    "oxe_magic_soup": _MAGIC_SOUP,
+    "oxe_magic_soup_plus": _MAGIC_SOUP_PLUS,
+    "oxe_magic_soup_plus_minus": {
+        **{k: v for k, v in _MAGIC_SOUP_PLUS.items() if k not in ("language_table", "droid")},
+        "fractal20220817_data": 1.0,
+    },
+    **{f"libero_{suite}": {f"libero_{suite}_no_noops": 1.0} for suite in _LIBERO_SUITES},
+    "libero_all": {f"libero_{suite}_no_noops": 1.0 for suite in _LIBERO_SUITES},
+}
+
+
+def robot_spec(name_or_path: str | Path) -> RobotSpec:
+    """A registered data set by name, or a user's own from a .json file.
+
+    Raises:
+      SpecError: no such name, or a file that is not a spec.
+    """
+    if str(name_or_path) in SPECS:
+        return SPECS[str(name_or_path)]
+    path = Path(name_or_path)
+    if path.suffix != ".json":
+        raise SpecError(
+            f"no robot spec {str(name_or_path)!r}{nearest(str(name_or_path), SPECS)}; or give a "
+            ".json file"
+        )
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise SpecError(f"robot spec {path}: not a readable JSON file ({e})") from e
+    try:
+        return RobotSpec.from_dict(tree)
+    except SpecError as e:
+        raise SpecError(f"{path}: {e}") from e
+
+
+def mixture(name: str) -> Mapping[str, float]:
+    """Weights of a registered mixture by data set; an unknown name is a SpecError."""
+    if name not in MIXTURES:
+        raise SpecError(f"no mixture {name!r}{nearest(name, MIXTURES)}")
+    return MIXTURES[name]
+
+
+def shares(
+    weights: Mapping[str, float], sizes: Mapping[str, int], alpha: float = 0.0
+) -> dict[str, float]:
+    """The share of samples that each data set of a mixture gets: weight * size**alpha, normalised.
+
+    Args:
+      weights: of each data set.
+      sizes: its number of samples; only needed for ``alpha`` other than 0.
+      alpha: 0 = weights are shares (InternVLA-M1), 1 = weights are per sample (openvla).
+
+    Raises:
+      SpecError: weights that are not positive, or sizes that are missing or not positive.
+    """
+    problems = [f"{name}: weight {w} is not positive" for name, w in weights.items() if not w > 0]
+    if alpha:
+        problems += [
+            f"{name}: needs a size for alpha={alpha}, got {sizes.get(name)}"
+            for name in weights
+            if not sizes.get(name, 0) > 0
+        ]
+    if problems or not weights:
+        raise SpecError("mixture:\n  " + "\n  ".join(problems or ["is empty"]))
+    scale = [w * (sizes[name] ** alpha if alpha else 1.0) for name, w in weights.items()]
+    return dict(zip(weights, (np.array(scale) / sum(scale)).tolist(), strict=True))
