@@ -37,8 +37,17 @@ def rotary_tables(
 
 
 def rotate(x: Array, tables: RotaryTables) -> Array:
-    """Rotates the pairs (x[h], x[h + H/2]) of every head, in f32; x [B,T,N,H] keeps its dtype."""
-    cos, sin = (t[:, :, None, :] for t in tables)
+    """Rotates the pairs (x[h], x[h + H/2]) of every head, in f32.
+
+    Args:
+      x: [B,T,...,H], heads on any axes between.
+      tables: cos, sin of f32[B,T,H/2].
+
+    Returns:
+      Like x, in its dtype.
+    """
+    heads = tuple(range(2, x.ndim - 1))
+    cos, sin = (jnp.expand_dims(table, heads) for table in tables)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return out.astype(x.dtype)

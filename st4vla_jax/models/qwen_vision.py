@@ -32,6 +32,7 @@ from st4vla_jax.models.layers import (
     remat,
     scan_blocks,
 )
+from st4vla_jax.models.mrope import rotate
 from st4vla_jax.sharding import constrain
 
 Array = jax.Array
@@ -63,15 +64,6 @@ def rotary_tables(patch_hw: Array, head_dim: int, theta: float) -> tuple[Array, 
     angles = patch_hw[..., None].astype(jnp.float32) * frequencies
     angles = angles.reshape(*patch_hw.shape[:-1], half)
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates the half-split pairs of x [B,P,...,H] in f32; returns x's dtype."""
-    axes = tuple(range(cos.ndim - 1, x.ndim - 1))
-    cos, sin = jnp.expand_dims(cos, axes), jnp.expand_dims(sin, axes)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def block_groups(depth: int, full_indexes: tuple[int, ...]) -> list[tuple[int, int, int]]:
@@ -147,7 +139,7 @@ class VisionAttention(nn.Module):
         names = ("vision_heads", "head_dim")
         qkv = linear(rt, "qkv", (cfg.hidden_size,), (3, *heads), ("vision_embed", None, *names))(x)
         qkv = constrain(qkv, rt.rules, "batch", "act_seq", None, "act_heads", "head_dim")
-        qk = apply_rotary(qkv[:, :, :2], cos, sin)
+        qk = rotate(qkv[:, :, :2], (cos, sin))
         parts = (qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2])
         q, k, v = (part.reshape(*segments.shape, *heads) for part in parts)
         out = attention(
