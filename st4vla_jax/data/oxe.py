@@ -1,6 +1,6 @@
-"""Open-X Embodiment and LIBERO as data: one `RobotSpec` for each data set, and mixtures of them.
+"""Open-X Embodiment and LIBERO as data: one `RobotSpec` for each data set.
 
-Facts of spec data.md section 5 (openvla's transforms and mixtures, control rates from RDT).  Every
+Facts of spec data.md section 5 (openvla's transforms, control rates from RDT).  Every
 action becomes f32[7]: delta xyz (m), delta roll-pitch-yaw (rad), gripper 1 = open.  A set that is
 not here needs no entry: `robot_spec` also reads a JSON file.
 
@@ -14,8 +14,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
 
 from st4vla_jax.data.robot_spec import Part, RobotSpec, SpecError, nearest
 
@@ -43,6 +41,7 @@ def _spec(
     action: tuple[Part, ...],
     state: tuple[Part, ...] = (),
     *,
+    encoding: str = "other",
     embodiment: str = "",
     language: str = "language_instruction",
     language_encoding: str = "text",
@@ -55,6 +54,7 @@ def _spec(
         language,
         action,
         state,
+        state_encoding=encoding,
         language_encoding=language_encoding,
         control_hz=hz,
         skip_first=skip_first,
@@ -72,7 +72,7 @@ _CLOSES_CLIPPED = (_DELTA, _part("action", -1, None, "clip", "invert"))
 _STATE = "observation/state"
 _STATE_DELTA = _part(_STATE, 0, 6, "relabel")
 _POSE_AND_GRIPPER = (_part(_STATE, 0, 6), _zeros(1), _part(_STATE, -1))
-_LIBERO_SUITES = ("spatial", "object", "goal", "10", "90")
+LIBERO_SUITES = ("spatial", "object", "goal", "10", "90")
 
 _SPECS = (
     _spec(
@@ -83,6 +83,7 @@ _SPECS = (
         (_part("observation/base_pose_tool_reached"), _part("observation/gripper_closed")),
         embodiment="oxe_rt1",
         language=_GOOGLE_LANGUAGE,
+        encoding="pos_quat",
     ),
     _spec(
         "kuka",
@@ -94,6 +95,7 @@ _SPECS = (
             Part("observation/gripper_closed", encoding="zlib_f32"),
         ),
         language=_GOOGLE_LANGUAGE,
+        encoding="pos_quat",
     ),
     _spec(  # skip_first=0 is octo's convention, 1 openvla's: the first action is all zeros
         "bridge_orig",
@@ -103,6 +105,7 @@ _SPECS = (
         _POSE_AND_GRIPPER,
         embodiment="oxe_bridge",
         skip_first=1,
+        encoding="pos_euler",
     ),
     _spec(
         "bridge_oxe",
@@ -113,6 +116,7 @@ _SPECS = (
         embodiment="oxe_bridge",
         language=_GOOGLE_LANGUAGE,
         skip_first=1,
+        encoding="pos_euler",
     ),
     _spec(
         "taco_play",
@@ -124,6 +128,7 @@ _SPECS = (
         ),
         (_part("observation/robot_obs", 0, 6), _zeros(1), _part("observation/robot_obs", 7, 8)),
         language=_GOOGLE_LANGUAGE,
+        encoding="pos_euler",
     ),
     _spec(
         "jaco_play",
@@ -136,6 +141,7 @@ _SPECS = (
             _part("observation/end_effector_cartesian_pos", -1),
         ),
         language=_GOOGLE_LANGUAGE,
+        encoding="pos_euler",
     ),
     _spec(
         "berkeley_cable_routing",
@@ -144,6 +150,7 @@ _SPECS = (
         (*_MOVE, _zeros(1)),
         (_part("observation/robot_state"), _zeros(1)),
         language=_GOOGLE_LANGUAGE,
+        encoding="joint",
     ),
     _spec(
         "roboturk",
@@ -159,6 +166,7 @@ _SPECS = (
         (*_MOVE, _part(_GRIPPER, None, None, "clip", "invert")),
         (_part("observation/joint_states"), _part("observation/gripper_states")),
         language=_GOOGLE_LANGUAGE,
+        encoding="joint",
     ),
     _spec(
         "berkeley_autolab_ur5",
@@ -167,6 +175,7 @@ _SPECS = (
         (*_MOVE, _part(_GRIPPER, None, None, "rel2abs")),
         (_part("observation/robot_state", 6, 14),),
         language=_GOOGLE_LANGUAGE,
+        encoding="pos_quat",
     ),
     _spec(
         "toto",
@@ -175,6 +184,7 @@ _SPECS = (
         (*_MOVE, _part("action/open_gripper")),
         (_part(_STATE), _zeros(1)),
         language=_GOOGLE_LANGUAGE,
+        encoding="joint",
     ),
     _spec(  # two dimensions in the plane of the table, no gripper
         "language_table",
@@ -184,6 +194,7 @@ _SPECS = (
         (_part("observation/effector_translation"), _zeros(6)),
         language="observation/instruction",
         language_encoding="code_points",
+        encoding="pos_euler",
     ),
     _spec(
         "stanford_hydra_dataset" + _RLDS,
@@ -191,6 +202,7 @@ _SPECS = (
         10,
         _CLOSES,
         (_part(_STATE, 0, 3), _part(_STATE, 7, 10), _zeros(1), _part(_STATE, -3, -2)),
+        encoding="pos_euler",
     ),
     _spec(
         "austin_buds_dataset" + _RLDS,
@@ -198,6 +210,7 @@ _SPECS = (
         20,
         _CLOSES_CLIPPED,
         (_part(_STATE, 0, 8),),
+        encoding="joint",
     ),
     _spec(
         "nyu_franka_play_dataset" + _RLDS,
@@ -205,6 +218,7 @@ _SPECS = (
         3,
         (_part("action", -8, -2), _part("action", -2, -1, "clip")),
         (_part(_STATE, -6), _zeros(2)),
+        encoding="pos_euler",
     ),
     _spec(
         "furniture_bench_dataset" + _RLDS,
@@ -212,6 +226,7 @@ _SPECS = (
         10,
         (*_ROTATED, _part("action", -1, None, "clip", "invert")),
         (_part(_STATE, 0, 7), _part(_STATE, -1)),
+        encoding="pos_quat",
     ),
     _spec(
         "ucsd_kitchen_dataset" + _RLDS,
@@ -219,6 +234,7 @@ _SPECS = (
         2,
         (_part("action", 0, -1),),
         (_part(_STATE, 0, 7), _zeros(1)),
+        encoding="joint",
     ),
     *(
         _spec(
@@ -227,6 +243,7 @@ _SPECS = (
             20,
             _CLOSES_CLIPPED,
             (_part(_STATE),),
+            encoding="pos_quat",
         )
         for name in ("austin_sailor_dataset", "austin_sirius_dataset")
     ),
@@ -236,6 +253,7 @@ _SPECS = (
         5,
         _CLOSES,
         (_part(_STATE), _zeros(1)),
+        encoding="pos_euler",
     ),
     _spec(
         "iamlab_cmu_pickup_insert" + _RLDS,
@@ -243,6 +261,7 @@ _SPECS = (
         20,
         (*_ROTATED, _part("action", 7, 8)),
         (_part(_STATE, 0, 8),),
+        encoding="joint",
     ),
     _spec(
         "utaustin_mutex",
@@ -250,6 +269,7 @@ _SPECS = (
         20,
         _CLOSES_CLIPPED,
         (_part(_STATE, 0, 8),),
+        encoding="joint",
     ),
     _spec(  # actions have no gripper: the measured one stands for it
         "berkeley_fanuc_manipulation",
@@ -257,6 +277,7 @@ _SPECS = (
         10,
         (_DELTA, _part(_STATE, 6, 7, "invert")),
         (_part(_STATE, 0, 6), _zeros(1), _part(_STATE, 6, 7)),
+        encoding="joint",
     ),
     _spec(
         "cmu_stretch",
@@ -264,6 +285,7 @@ _SPECS = (
         10,
         (_part("action", 0, -1),),
         (_part(_STATE, 0, 3), _zeros(4), _part(_STATE, -1)),
+        encoding="pos_euler",
     ),
     _spec(  # use v0.1.0
         "bc_z",
@@ -281,6 +303,7 @@ _SPECS = (
             _part("observation/present/sensed_close"),
         ),
         language=_GOOGLE_LANGUAGE,
+        encoding="pos_euler",
     ),
     _spec(
         "fmb_dataset",
@@ -288,9 +311,17 @@ _SPECS = (
         10,
         (_part("action"),),
         (_part("observation/eef_pose"), _part("observation/state_gripper_pose")),
+        encoding="pos_euler",
     ),
-    _spec("dobbe", _views("wrist_image"), 30, (_part("action"),), (_part(_STATE),)),
     _spec(
+        "dobbe",
+        _views("wrist_image"),
+        30,
+        (_part("action"),),
+        (_part(_STATE),),
+        encoding="pos_euler",
+    ),
+    _spec(  # openvla says pos_quat, of a pose of six numbers
         "droid",
         _views("exterior_image_1_left", "exterior_image_2_left", "wrist_image_left"),
         15,
@@ -300,6 +331,7 @@ _SPECS = (
         ),
         (_part("observation/cartesian_position"), _part("observation/gripper_position")),
         embodiment="oxe_droid",
+        encoding="pos_euler",
     ),
     *(
         _spec(  # the stored gripper is -1 = open, 1 = closed
@@ -309,69 +341,19 @@ _SPECS = (
             _CLOSES_CLIPPED,
             (_part(_STATE, 0, 8),),
             embodiment="franka",
+            encoding="pos_euler",
         )
-        for suite in _LIBERO_SUITES
+        for suite in LIBERO_SUITES
     ),
 )
 
 SPECS: Mapping[str, RobotSpec] = {spec.name: spec for spec in _SPECS}
 
-_MAGIC_SOUP = {
-    "fractal20220817_data": 0.54087122203,
-    "kuka": 0.8341046294,
-    "bridge_orig": 1.0,
-    "taco_play": 2.0,
-    "jaco_play": 1.0,
-    "berkeley_cable_routing": 1.0,
-    "roboturk": 2.0,
-    "viola": 2.0,
-    "berkeley_autolab_ur5": 2.0,
-    "toto": 1.0,
-    "language_table": 0.1,
-    "stanford_hydra_dataset" + _RLDS: 2.0,
-    "austin_buds_dataset" + _RLDS: 1.0,
-    "nyu_franka_play_dataset" + _RLDS: 3.0,
-    "furniture_bench_dataset" + _RLDS: 0.1,
-    "ucsd_kitchen_dataset" + _RLDS: 2.0,
-    "austin_sailor_dataset" + _RLDS: 1.0,
-    "austin_sirius_dataset" + _RLDS: 1.0,
-    "dlr_edan_shared_control" + _RLDS: 1.0,
-    "iamlab_cmu_pickup_insert" + _RLDS: 1.0,
-    "utaustin_mutex": 1.0,
-    "berkeley_fanuc_manipulation": 2.0,
-    "cmu_stretch": 1.0,
-}
-_MAGIC_SOUP_PLUS = {**_MAGIC_SOUP, "bc_z": 0.2, "fmb_dataset": 1.0, "dobbe": 0.2, "droid": 0.06}
 
-# Name -> data set -> weight.  openvla means these times the number of transitions (alpha = 1 in
-# `shares`), InternVLA-M1 takes them as they are (alpha = 0).
-MIXTURES: Mapping[str, Mapping[str, float]] = {
-    "bridge": {"bridge_orig": 1.0},
-    "bridge_rt_1": {"bridge_orig": 1.0, "fractal20220817_data": 1.0},
-    "rtx": {
-        "fractal20220817_data": 0.54087122203,
-        "kuka": 0.8341046294,
-        "bridge_orig": 1.0,
-        "taco_play": 2.0,
-        "jaco_play": 2.0,
-        "berkeley_cable_routing": 3.0,
-        "roboturk": 1.0,
-        "viola": 2.0,
-        "berkeley_autolab_ur5": 1.0,
-        "toto": 1.0,
-    },
-    "oxe_magic_soup": _MAGIC_SOUP,
-    "oxe_magic_soup_plus": _MAGIC_SOUP_PLUS,
-    "oxe_magic_soup_plus_minus": {
-        **{k: v for k, v in _MAGIC_SOUP_PLUS.items() if k not in ("language_table", "droid")},
-        "fractal20220817_data": 1.0,
-    },
-    **{f"libero_{suite}": {f"libero_{suite}_no_noops": 1.0} for suite in _LIBERO_SUITES},
-    "libero_all": {f"libero_{suite}_no_noops": 1.0 for suite in _LIBERO_SUITES},
-}
-
-
-def robot_spec(name_or_path: str | Path) -> RobotSpec:
+def robot_spec(
+    name_or_path: str | Path,
+    encoding="pos_quat",
+) -> RobotSpec:
     """A registered data set by name, or a user's own from a .json file.
 
     Raises:
@@ -393,36 +375,3 @@ def robot_spec(name_or_path: str | Path) -> RobotSpec:
         return RobotSpec.from_dict(tree)
     except SpecError as e:
         raise SpecError(f"{path}: {e}") from e
-
-
-def mixture(name: str) -> Mapping[str, float]:
-    """Weights of a registered mixture by data set; an unknown name is a SpecError."""
-    if name not in MIXTURES:
-        raise SpecError(f"no mixture {name!r}{nearest(name, MIXTURES)}")
-    return MIXTURES[name]
-
-
-def shares(
-    weights: Mapping[str, float], sizes: Mapping[str, int], alpha: float = 0.0
-) -> dict[str, float]:
-    """The share of samples that each data set of a mixture gets: weight * size**alpha, normalised.
-
-    Args:
-      weights: of each data set.
-      sizes: its number of samples; only needed for ``alpha`` other than 0.
-      alpha: 0 = weights are shares (InternVLA-M1), 1 = weights are per sample (openvla).
-
-    Raises:
-      SpecError: weights that are not positive, or sizes that are missing or not positive.
-    """
-    problems = [f"{name}: weight {w} is not positive" for name, w in weights.items() if not w > 0]
-    if alpha:
-        problems += [
-            f"{name}: needs a size for alpha={alpha}, got {sizes.get(name)}"
-            for name in weights
-            if not sizes.get(name, 0) > 0
-        ]
-    if problems or not weights:
-        raise SpecError("mixture:\n  " + "\n  ".join(problems or ["is empty"]))
-    scale = [w * (sizes[name] ** alpha if alpha else 1.0) for name, w in weights.items()]
-    return dict(zip(weights, (np.array(scale) / sum(scale)).tolist(), strict=True))

@@ -24,6 +24,8 @@ from st4vla_jax.data.primitives import (
 from st4vla_jax.data.source import BadRecordError
 
 ENCODINGS = ("plain", "zlib_f32")
+# Octo's words; "pos_*" is an end-effector pose, all with the gripper last.
+STATE_ENCODINGS = ("other", "pos_euler", "pos_quat", "joint")
 
 
 class SpecError(ValueError):
@@ -116,6 +118,7 @@ class RobotSpec:
       images: view ("primary", "secondary", "wrist", ...) -> column path, in view order.
       language: column path of the instruction; language_encoding: one of LANGUAGE_ENCODINGS.
       action, state: recipes; no state = no proprioception.
+      state_encoding: what ``state`` holds, one of STATE_ENCODINGS; for readers only.
       names, units: of each action dimension.
       control_hz: actions a second.
       gripper: binary action dimensions, 1 = open, which the statistics' mask excludes.
@@ -130,6 +133,7 @@ class RobotSpec:
     language: str
     action: tuple[Part, ...]
     state: tuple[Part, ...] = ()
+    state_encoding: str = "other"
     language_encoding: str = "text"
     names: tuple[str, ...] = ActionSpec.names
     units: tuple[str, ...] = ActionSpec.units
@@ -152,11 +156,12 @@ class RobotSpec:
             for key, value in texts.items()
             if not isinstance(value, str) or not value
         ]
-        if self.language_encoding not in LANGUAGE_ENCODINGS:
-            problems.append(
-                f"language_encoding: {self.language_encoding!r} is not one of "
-                f"{', '.join(LANGUAGE_ENCODINGS)}"
-            )
+        for key, known in (
+            ("language_encoding", LANGUAGE_ENCODINGS),
+            ("state_encoding", STATE_ENCODINGS),
+        ):
+            if (value := getattr(self, key)) not in known:
+                problems.append(f"{key}: {value!r} is not one of {', '.join(known)}")
         if not any(part.column for part in self.action):
             problems.append("action: no part reads a column")
         if not all(0 <= i < len(self.names) for i in self.absolute):

@@ -112,18 +112,40 @@ class _ArrayType:
     __slots__ = ()
 
 
+# Protocols 0 to 2 of Python 3 write bytes as latin-1 text, and sets as calls.
+class _MakeBytes:
+    __slots__ = ()
+
+    def __call__(self, text: str = "", encoding: str = "latin1") -> bytes:
+        if encoding != "latin1":
+            raise UnsafePickleError(f"bytes in encoding {encoding!r} are not allowed")
+        return str.encode(text, "latin1")
+
+
+class _MakeSet:
+    __slots__ = ()
+
+    def __call__(self, entries: list) -> frozenset:
+        return frozenset(list.__iter__(entries))
+
+
 _STAND_INS = {
     "numpy.dtype": _MakeDtype(),
     "numpy.ndarray": _ArrayType(),
     "numpy._core.multiarray._reconstruct": _MakeArray(),
     "numpy._core.multiarray.scalar": _MakeScalar(),
     "numpy._core.numeric._frombuffer": _FromBuffer(),
+    "_codecs.encode": _MakeBytes(),
+    "builtins.bytes": _MakeBytes(),
+    "builtins.set": _MakeSet(),
+    "builtins.frozenset": _MakeSet(),
 }
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}".replace("numpy.core.", "numpy._core.")
+        full = full.replace("__builtin__.", "builtins.")
         if full not in _STAND_INS:
             raise UnsafePickleError(
                 f"it asks for {module}.{name}, which plain data does not need: loading it could "
@@ -144,8 +166,8 @@ def _arrays(value: Any, done: dict[int, Any], depth: int) -> Any:
     if isinstance(value, _Array):
         return value.value
     if not isinstance(value, (dict, list, tuple, set, frozenset)):
-        if isinstance(value, (_Dtype, _ArrayType)) or type(value) in map(type, _STAND_INS.values()):
-            raise UnsafePickleError("it holds a NumPy type instead of data")
+        if isinstance(value, (_Dtype, *map(type, _STAND_INS.values()))):
+            raise UnsafePickleError("it holds a type or function instead of data")
         return value
     if id(value) not in done:
         if isinstance(value, dict):

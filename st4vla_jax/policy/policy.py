@@ -102,7 +102,7 @@ class Policy:
 
     @classmethod
     def load(cls, directory: Path | str, runtime: Runtime | None = None) -> Policy:
-        """Reads a checkpoint onto the first device, in its stored dtypes.
+        """Reads a checkpoint onto the first device, in its stored dtypes (float32 on CPU).
 
         Raises:
           CheckpointError: no complete checkpoint there, or one of a newer format.
@@ -115,7 +115,12 @@ class Policy:
         path = directory / "meta" / STATISTICS
         statistics = Statistics.load(path) if path.is_file() else None
         model = ST4VLA(meta.model, runtime or default_runtime())
-        return cls(model, jax.device_put(read_params(directory)), meta, tokenizer, statistics)
+        # XLA's CPU backend has no bfloat16 matmul: it would keep a float32 copy of every layer
+        # beside the stored one (22 GB for a 3B model instead of 15).
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else None
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        params = read_params(directory, device, dtype)
+        return cls(model, params, meta, tokenizer, statistics)
 
     def act(
         self,

@@ -1,0 +1,312 @@
+"""Grounding and question-answering sets in LLaVA form: random access through a byte-offset index.
+
+Records are read from the file when they are asked for and never kept: a list of dictionaries takes
+five times the file's size in memory, in every process (spec data.md section 6).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from st4vla_jax.data.image import ImageError, decode_image
+from st4vla_jax.data.index_folder import (
+    build_once,
+    cache_root,
+    digest,
+    open_array,
+    read_manifest,
+    write_array,
+)
+from st4vla_jax.data.llava import (
+    answer_kind,
+    check_frame,
+    check_turns,
+    image_paths,
+    parse_record,
+    record_turns,
+)
+from st4vla_jax.data.source import BadRecordError, Lengths, Sample, Turn
+from st4vla_jax.data.source_files import (
+    SourceError,
+    check_problems,
+    check_stamps,
+    file_stamps,
+    kept_lengths,
+)
+
+_FORMAT = 1  # of the index; another one makes a new index
+_KINDS = ("text", "box", "point", "trajectory")
+
+Size = tuple[int, int]  # height, width in pixels
+
+
+class GroundingSource:
+    """One or more JSON or JSONL files of LLaVA records as a `Source`.
+
+    Attributes:
+      name: of the data set.
+      bad: one line for each record that the index leaves out.
+    """
+
+    def __init__(
+        self,
+        paths: Path | str | Sequence[Path | str],
+        *,
+        name: str,
+        images: Path | str | None = None,
+        coordinates: str = "none",
+        max_bad_records: int = 0,
+        index_dir: Path | str | None = None,
+    ) -> None:
+        """Indexes the files, or finds their index.
+
+        Every record is checked, and every image's header read, before anything is trained on.  A
+        JSON array is copied once as JSONL beside the index.
+
+        Args:
+          paths: the files, in order.
+          name: of the data set.
+          images: folder that image paths are relative to; default: the first file's folder.
+          coordinates: frame that numbers in texts are in, see `llava.frame_size`; they are then
+            rendered anew for the resized image.  "none": texts stay as they are.
+          max_bad_records: records that may be left out, named in the log.
+          index_dir: where the index lies; default: .st4vla_index beside the first file.
+
+        Raises:
+          SourceError: missing files or images (all by name), or too many bad records.
+        """
+        paths = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
+        check_frame(coordinates)
+        stamps = file_stamps(paths)
+        root = Path(images) if images is not None else paths[0].parent
+        key = digest(_FORMAT, stamps, str(root.absolute()), coordinates, max_bad_records)
+        self.name = name
+        self._folder = cache_root(paths[0], index_dir) / f"grounding-{key[:16]}"
+
+        def build(work: Path) -> dict[str, Any]:
+            return _Builder(root, coordinates).build(work, stamps, max_bad_records)
+
+        build_once(self._folder, build)
+        self._open()
+
+    def _open(self) -> None:
+        meta = read_manifest(self._folder)
+        if meta is None:
+            raise SourceError(f"{self._folder}: the index is gone; start again")
+        self.bad: list[str] = meta["bad"]
+        self._root, self._coordinates = Path(meta["images"]), meta["coordinates"]
+        self._fingerprint = meta["fingerprint"]
+        check_stamps(meta["stamps"])
+        self._names = [stamp[0] for stamp in meta["stamps"]]
+        copies = (self._folder / f"{i}.jsonl" for i in range(len(self._names)))
+        # Objects of `open` close themselves; reads go by pread, which has no shared position.
+        self._files = [
+            open(copy if copy.exists() else name, "rb")  # noqa: SIM115
+            for copy, name in zip(copies, self._names, strict=True)
+        ]
+        arrays = ("file", "line", "offset", "length", "kind", "size_start", "sizes")
+        self._index = {a: open_array(self._folder / f"{a}.npy") for a in arrays}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "_folder": self._folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._index["offset"])
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of its samples: data set and answer kind."""
+        return tuple(f"{self.name}/{_KINDS[i]}" for i in np.unique(self._index["kind"]))
+
+    def record_name(self, index: int) -> str:
+        """File and line of a record."""
+        return f"{self._names[self._index['file'][index]]}:{self._index['line'][index]}"
+
+    def image_sizes(self, index: int) -> list[Size]:
+        """(height, width) of each image of a record, from the index."""
+        start, end = self._index["size_start"][index : index + 2]
+        return [tuple(size) for size in self._index["sizes"][start:end].tolist()]
+
+    def record(self, index: int) -> dict[str, Any]:
+        """The record as stored, keys of other tools included."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)} of {self.name}")
+        offset, length = (int(self._index[key][index]) for key in ("offset", "length"))
+        line = os.pread(self._files[self._index["file"][index]].fileno(), length, offset)
+        try:
+            return parse_record(line)
+        except BadRecordError as e:
+            raise BadRecordError(f"{self.record_name(index)}: {e}") from e
+
+    def turns(self, index: int) -> tuple[Turn, ...]:
+        """The conversation, regions in original pixels."""
+        return record_turns(self.record(index), self.image_sizes(index), self._coordinates)
+
+    def __getitem__(self, index: int) -> Sample:
+        record, sizes, where = self.record(index), self.image_sizes(index), self.record_name(index)
+        images = []
+        for path, size in zip(image_paths(record), sizes, strict=True):
+            try:
+                images.append(decode_image(self._root / path))
+            except ImageError as e:
+                raise BadRecordError(f"{where}: {e}") from e
+            if images[-1].shape[:2] != size:
+                raise BadRecordError(
+                    f"{where}: {self._root / path} is {images[-1].shape[:2]} pixels, {size} when "
+                    "it was indexed"
+                )
+        return Sample(
+            tuple(images),
+            record_turns(record, sizes, self._coordinates),
+            group=f"{self.name}/{_KINDS[self._index['kind'][index]]}",
+            record=where,
+        )
+
+    def lengths(self, encoder: Any) -> Lengths:
+        """Lengths under an encoder, kept beside the index."""
+        every = range(len(self))
+        return kept_lengths(
+            self._folder,
+            encoder,
+            lambda: encoder.conversation_lengths(
+                map(self.turns, every), map(self.image_sizes, every)
+            ),
+        )
+
+    def fingerprint(self) -> str:
+        """sha256 of the files' content, the images' sizes, the records kept and the settings."""
+        return self._fingerprint
+
+
+class _Builder:
+    """Writes an index; memory is a few numbers a record."""
+
+    def __init__(self, root: Path, coordinates: str) -> None:
+        self.root, self.coordinates = root, coordinates
+        self.sizes_of: dict[str, Size | str] = {}  # or what is wrong
+        self.missing: list[str] = []
+        self.bad: list[str] = []
+        self.rows: list[tuple[int, ...]] = []  # file, line, offset, length, kind
+        self.counts, self.sizes = [0], []
+
+    def build(self, work: Path, stamps: list[list[Any]], allowed: int) -> dict[str, Any]:
+        hashes = []
+        for number, (name, *_) in enumerate(stamps):
+            path = Path(name)
+            if _is_array(path):
+                path = work / f"{number}.jsonl"
+                _array_to_jsonl(Path(name), path)
+            hashes.append(self._add_file(number, path, name))
+        check_problems(", ".join(stamp[0] for stamp in stamps), self.bad, allowed, self.missing)
+        if not self.rows:
+            raise SourceError(f"{stamps[0][0]}: it holds no records")
+        columns = np.array(self.rows, np.int64).T
+        kinds = (np.int32, np.int32, np.int64, np.int32, np.uint8)
+        for key, column, dtype in zip(
+            ("file", "line", "offset", "length", "kind"), columns, kinds, strict=True
+        ):
+            write_array(work / f"{key}.npy", column.astype(dtype))
+        sizes = np.array(self.sizes, np.int32).reshape(-1, 2)
+        write_array(work / "size_start.npy", np.cumsum(self.counts, dtype=np.int64))
+        write_array(work / "sizes.npy", sizes)
+        kept = digest(_FORMAT, self.coordinates, hashes, columns, sizes)
+        return {
+            "stamps": stamps,
+            "images": str(self.root.absolute()),
+            "coordinates": self.coordinates,
+            "bad": self.bad,
+            "fingerprint": kept,
+        }
+
+    def _add_file(self, number: int, path: Path, name: str) -> str:
+        """Adds a file's records; returns the sha256 of its content."""
+        content, offset = hashlib.sha256(), 0
+        with open(path, "rb") as lines:
+            for line_number, line in enumerate(lines, start=1):
+                content.update(line)
+                if line.strip():
+                    try:
+                        kind, sizes = self._check(line)
+                    except (BadRecordError, ImageError) as e:
+                        self.bad.append(f"{name}:{line_number}: {e}")
+                    else:
+                        self.rows.append((number, line_number, offset, len(line), kind))
+                        self.counts.append(len(sizes))
+                        self.sizes += sizes
+                offset += len(line)
+        return content.hexdigest()
+
+    def _check(self, line: bytes) -> tuple[int, list[Size]]:
+        """(number of the answer kind, image sizes) of a usable record."""
+        record = parse_record(line)
+        sizes = [self._size(path) for path in image_paths(record)]
+        if wrong := [size for size in sizes if isinstance(size, str)]:
+            raise BadRecordError("; ".join(wrong))
+        turns = record_turns(record, sizes, self.coordinates)
+        check_turns(turns, sizes)
+        return _KINDS.index(answer_kind(turns)), sizes
+
+    def _size(self, name: str) -> Size | str:
+        """(height, width) by the image's header alone, or what is wrong with it."""
+        if name not in self.sizes_of:
+            path = self.root / name
+            try:
+                with Image.open(path) as image:
+                    self.sizes_of[name] = image.size[::-1]
+            except (FileNotFoundError, NotADirectoryError):
+                self.missing.append(str(path))
+                self.sizes_of[name] = f"image {path} is missing"
+            # PIL's decoders raise these on broken headers; UnidentifiedImageError is an OSError.
+            except (OSError, SyntaxError, ValueError) as e:
+                self.sizes_of[name] = f"image {path} does not decode ({e})"
+        return self.sizes_of[name]
+
+
+def _is_array(path: Path) -> bool:
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def _array_to_jsonl(path: Path, out: Path) -> None:
+    """Writes a JSON array's entries as lines, one entry in memory at a time beside the text."""
+    with open(out, "w", encoding="utf-8") as lines:
+        for entry in _array_entries(path):
+            lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def _array_entries(path: Path) -> Iterator[Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().raw_decode
+        at = _skip(text, text.index("[") + 1)
+        while text[at] != "]":
+            entry, at = scan(text, at)
+            yield entry
+            at = _skip(text, at)
+            if text[at] == ",":
+                at = _skip(text, at + 1)
+            elif text[at] != "]":
+                raise ValueError(f"expected , or ] at character {at}")
+        if text[at + 1 :].strip():
+            raise ValueError(f"text after the array at character {at + 1}")
+    except (ValueError, IndexError) as e:
+        raise SourceError(f"{path}: not a JSON array ({e})") from e
+
+
+def _skip(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at

@@ -1,0 +1,315 @@
+"""LeRobot sets as robot samples, and their annotations as grounding samples.
+
+The index holds what a sample needs but its pixels: actions, state, texts and, for each view, the
+video and the presentation time of the exact frame.  A sample then decodes one frame a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from st4vla_jax.data.answers import REGION
+from st4vla_jax.data.chunks import PADS, action_chunk
+from st4vla_jax.data.index_folder import build_once, cache_root, digest, open_array, read_manifest
+from st4vla_jax.data.lerobot_folder import LeRobotFolder
+from st4vla_jax.data.lerobot_index import Annotations, build_grounding, build_robot
+from st4vla_jax.data.prompts import IMAGE, TEMPLATES, PromptConfig, spatial_prompt
+from st4vla_jax.data.robot_spec import RobotSpec
+from st4vla_jax.data.source import BadRecordError, Lengths, Region, RobotStep, Sample, Turn
+from st4vla_jax.data.source_files import SourceError, check_stamps, file_stamps, kept_lengths
+from st4vla_jax.data.video import VideoReader
+
+_FORMAT = 1  # of the indices; another one makes new ones
+
+
+class _Frames:
+    """Rows of an index, each with the frames of its views."""
+
+    _arrays: tuple[str, ...] = ()
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open()
+
+    def _open(self) -> None:
+        meta = read_manifest(self._folder)
+        if meta is None:
+            raise SourceError(f"{self._folder}: the index is gone; start again")
+        check_stamps(meta["stamps"])
+        self._meta = meta
+        arrays = ("episode", "step", "text", "video", "pts", *self._arrays)
+        self._index = {name: open_array(self._folder / f"{name}.npy") for name in arrays}
+        self._reader = VideoReader()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {"name", "_folder", "_chunk", "_pad", "_masked", "_template"}
+        return {key: value for key, value in self.__dict__.items() if key in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    @property
+    def bad(self) -> list[str]:
+        """One line for each record that the index leaves out."""
+        return self._meta["bad"]
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Steps that the index leaves out, by reason."""
+        return self._meta["left_out"]
+
+    def image_sizes(self) -> np.ndarray:
+        """i32[n,V,2] (height, width) of each sample's views."""
+        sizes = np.array([size for _, size in self._meta["videos"]], np.int32)
+        return sizes[self._index["video"]]
+
+    def record_name(self, row: int) -> str:
+        """Folder, episode and step of an index row."""
+        episode, step = self._index["episode"][row], self._index["step"][row]
+        return f"{self._meta['root']}: episode {episode} step {step}"
+
+    def _images(self, row: int) -> tuple[np.ndarray, ...]:
+        images = []
+        for video, pts in zip(self._index["video"][row], self._index["pts"][row], strict=True):
+            path, size = self._meta["videos"][video]
+            try:
+                images.append(self._reader.frame(Path(path), int(pts)))
+            except BadRecordError as e:
+                raise BadRecordError(f"{self.record_name(row)}: {e}") from e
+            if list(images[-1].shape[:2]) != size:
+                raise BadRecordError(
+                    f"{self.record_name(row)}: a frame of another size than {size}"
+                )
+        return tuple(images)
+
+    def fingerprint(self) -> str:
+        """sha256 of the columns read, the frames' times, what is left out and the settings."""
+        settings = [getattr(self, key, None) for key in ("_chunk", "_pad", "_masked", "_template")]
+        return digest(_FORMAT, self._meta["content"], self._meta.get("spec"), settings)
+
+
+class LeRobotSource(_Frames):
+    """A LeRobot folder as robot samples, one a step.
+
+    Attributes:
+      name: of the data set.
+    """
+
+    _arrays = ("kept", "actions", "start")
+
+    def __init__(
+        self,
+        root: Path | str,
+        spec: RobotSpec,
+        *,
+        chunk: int,
+        views: Sequence[str] = ("primary",),
+        pad: str = "neutral",
+        masked: bool = True,
+        episodes: Sequence[int] | None = None,
+        max_bad_records: int = 0,
+        index_dir: Path | str | None = None,
+    ) -> None:
+        """Indexes the folder, or finds its index.
+
+        Args:
+          root: folder with meta/, data/ and videos/.
+          spec: its columns are names of features; ``language="task"`` is the text of task_index.
+          chunk: actions of a chunk (C).
+          views: keys of ``spec.images``, in view order.
+          pad: see `chunks.action_chunk`.
+          masked: likewise.
+          episodes: numbers of those to use; default: all.
+          max_bad_records: episodes and frames that may be left out, named in the log.
+          index_dir: see `index_folder.cache_root`.
+
+        Raises:
+          SourceError: missing videos or columns (all by name), or too many bad records.
+        """
+        if unknown := [view for view in views if view not in spec.images]:
+            raise SourceError(
+                f"{spec.name}: no views {', '.join(unknown)}; there are {', '.join(spec.images)}"
+            )
+        if pad not in PADS or chunk < 1:
+            raise ValueError(f"chunk {chunk} must be positive and pad {pad!r} one of {PADS}")
+        self.name, self._chunk, self._pad, self._masked = spec.name, chunk, pad, masked
+        folder = LeRobotFolder(root)
+        chosen = folder.select(episodes)
+        features = [spec.images[view] for view in views]
+        folder.check_videos(chosen, features)
+        stamps = _stamps(folder, chosen, features)
+        settings = [spec.to_dict(), list(views), max_bad_records]
+
+        def build(work: Path) -> dict[str, Any]:
+            found = build_robot(work, folder, chosen, spec, features, max_bad_records)
+            return {**found, "stamps": stamps, "spec": spec.to_dict()}
+
+        target = cache_root(folder.root, index_dir)
+        target /= f"lerobot-{digest(_FORMAT, stamps, settings)[:16]}"
+        build_once(target, build)
+        super().__init__(target)
+
+    def _open(self) -> None:
+        super()._open()
+        self._spec = RobotSpec.from_dict(self._meta["spec"])
+        state = self._folder / "state.npy"
+        self._state = open_array(state) if state.exists() else None
+
+    def __len__(self) -> int:
+        return len(self._index["kept"])
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of its samples."""
+        return (self.name,)
+
+    @property
+    def spec(self) -> RobotSpec:
+        """What its columns mean."""
+        return self._spec
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)} of {self.name}")
+        row = int(self._index["kept"][index])
+        starts = self._index["start"]
+        episode = int(np.searchsorted(starts, row, "right")) - 1
+        first, stop = int(starts[episode]), int(starts[episode + 1])
+        actions, mask = action_chunk(
+            self._index["actions"][first:stop],
+            row - first,
+            self._chunk,
+            self._pad,
+            self._spec.absolute,
+            self._masked,
+        )
+        state = None if self._state is None else np.array(self._state[row])
+        return Sample(
+            self._images(row),
+            (Turn("user", self._meta["texts"][self._index["text"][row]]),),
+            RobotStep(actions, mask, state, self._spec.embodiment),
+            group=self.groups[0],
+            record=self.record_name(row),
+        )
+
+    def lengths(self, encoder: Any) -> Lengths:
+        """Lengths under an encoder, kept beside the index."""
+        kept = np.asarray(self._index["kept"])
+        return kept_lengths(
+            self._folder,
+            encoder,
+            lambda: encoder.robot_lengths(
+                self._meta["texts"], self._index["text"][kept], self.image_sizes()[kept]
+            ),
+        )
+
+
+class LeRobotGrounding(_Frames):
+    """Boxes of the objects to pick and to place at, out of a simulator's annotation columns.
+
+    One record a frame that shows at least one of them: the spatial prompt, answered by
+    ``{"pick": {"bbox_2d": ...}, "place": {"bbox_2d": ...}}`` as InternVLA-M1 evaluates it (spec
+    data.md section 6).
+    """
+
+    _arrays = ("boxes",)
+
+    def __init__(
+        self,
+        root: Path | str,
+        *,
+        name: str,
+        video: str,
+        annotations: Annotations | None = None,
+        template: str = TEMPLATES["upstream"],
+        stride: int = 1,
+        episodes: Sequence[int] | None = None,
+        max_bad_records: int = 0,
+        index_dir: Path | str | None = None,
+    ) -> None:
+        """Indexes the folder, or finds its index.
+
+        Args:
+          root: folder with meta/, data/ and videos/.
+          name: of the data set.
+          video: feature that the boxes are in the pixels of, as "video.ego_view".
+          annotations: names of the columns; default: InternVLA-M1's for this view.
+          template: prompt with ``{instruction}``.
+          stride: every how many frames a record is taken.
+          episodes: as in `LeRobotSource`.
+          max_bad_records: likewise.
+          index_dir: likewise.
+
+        Raises:
+          SourceError: missing videos or columns (all by name), or too many bad records.
+        """
+        self.name, self._template = name, template
+        PromptConfig(template)  # fails now if it has no place for the instruction
+        columns = annotations or Annotations.of_view(video.rpartition(".")[2])
+        folder = LeRobotFolder(root)
+        chosen = folder.select(episodes)
+        folder.check_videos(chosen, [video])
+        stamps = _stamps(folder, chosen, [video])
+
+        def build(work: Path) -> dict[str, Any]:
+            found = build_grounding(work, folder, chosen, columns, video, stride, max_bad_records)
+            return {**found, "stamps": stamps}
+
+        settings = [list(columns), video, stride, max_bad_records]
+        target = cache_root(folder.root, index_dir)
+        target /= f"boxes-{digest(_FORMAT, stamps, settings)[:16]}"
+        build_once(target, build)
+        super().__init__(target)
+
+    def __len__(self) -> int:
+        return len(self._index["boxes"])
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of its samples."""
+        return (f"{self.name}/box",)
+
+    def turns(self, index: int) -> tuple[Turn, ...]:
+        """Prompt and answer; boxes in the video's pixels."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)} of {self.name}")
+        instruction = self._meta["texts"][self._index["text"][index]]
+        prompt = spatial_prompt(instruction, PromptConfig(self._template))
+        boxes = zip(("pick", "place"), self._index["boxes"][index], strict=True)
+        shown = {key: box for key, box in boxes if np.isfinite(box).all()}
+        answer = "{" + ", ".join(f'"{key}": {REGION}' for key in shown) + "}"
+        regions = tuple(Region("box", np.array(b).reshape(2, 2)) for b in shown.values())
+        return Turn("user", IMAGE + prompt), Turn("assistant", answer, regions)
+
+    def __getitem__(self, index: int) -> Sample:
+        turns = self.turns(index)
+        return Sample(
+            self._images(index), turns, group=self.groups[0], record=self.record_name(index)
+        )
+
+    def lengths(self, encoder: Any) -> Lengths:
+        """Lengths under an encoder, kept beside the index."""
+
+        def compute() -> Lengths:
+            sizes = ([tuple(size) for size in row.tolist()] for row in self.image_sizes())
+            return encoder.conversation_lengths(map(self.turns, range(len(self))), sizes)
+
+        # The prompt is not the encoder's here, so it is part of the key.
+        place = self._folder / f"prompt-{digest(self._template)[:16]}"
+        return kept_lengths(place, encoder, compute)
+
+
+def _stamps(
+    folder: LeRobotFolder, episodes: Sequence[Any], features: Sequence[str]
+) -> list[list[Any]]:
+    """Stamps of the meta files, of all data files and of all videos that are used."""
+    paths = dict.fromkeys(folder.meta_files)
+    for episode in episodes:
+        paths[episode.data] = None
+        paths.update({episode.videos[name].path: None for name in features})
+    return file_stamps(paths)

@@ -1,0 +1,302 @@
+"""The data section of a config to a pipeline: sources, statistics, encoders, schedule.
+
+configs/data.py has the same fields with their defaults; here they are checked and used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from st4vla_jax.data.augment import Augment
+from st4vla_jax.data.encoder import SampleEncoder
+from st4vla_jax.data.episode_table import Filters
+from st4vla_jax.data.grounding import GroundingSource
+from st4vla_jax.data.image import ImageConfig
+from st4vla_jax.data.mixtures import shares
+from st4vla_jax.data.normalize import ActionSpec, EmbodimentStatistics, Statistics
+from st4vla_jax.data.oxe import robot_spec
+from st4vla_jax.data.pipeline import DataSet, Pipeline
+from st4vla_jax.data.prompts import TEMPLATES, PromptConfig
+from st4vla_jax.data.reading import ReadPolicy
+from st4vla_jax.data.rlds import RldsSource
+from st4vla_jax.data.robot_spec import nearest
+from st4vla_jax.data.schedule import ScheduleConfig
+from st4vla_jax.data.source import Source
+from st4vla_jax.data.stats import EmbodimentAccumulator, accumulate
+from st4vla_jax.data.tokenizer import Tokenizer, byte_level_tokenizer
+
+KINDS = ("rlds", "lerobot", "grounding", "lerobot_grounding")
+
+
+class SettingsError(ValueError):
+    """A data section that cannot be used; lists every problem by its key."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SetSettings:
+    """One data set.
+
+    Attributes:
+      name: its key in the config; messages and metrics name grounding sets by it, robot sets by
+        their spec.
+      kind: one of KINDS.
+      path: folder, or JSON file(s) for "grounding".
+      weight: see `mixtures.shares`; among robot, or among grounding, sets.
+      prompts: names in prompts.TEMPLATES or templates, in turn from epoch to epoch; () = those of
+        the data section.
+      spec: robots only: name of a registered spec, or a .json file.
+      views: robots only, in order.
+      split: rlds only.
+      pad, masked: robots only, see `chunks.action_chunk`.
+      pause: rlds only, see `episode_table.Filters`.
+      images, coordinates: grounding only, see `GroundingSource`.
+      video, stride: lerobot_grounding only, see `LeRobotGrounding`.
+      max_bad_records: that the index may leave out.
+    """
+
+    name: str
+    kind: str
+    path: str | tuple[str, ...]
+    weight: float = 1.0
+    prompts: tuple[str, ...] = ()
+    spec: str = ""
+    views: tuple[str, ...] = ("primary",)
+    split: str = "train"
+    pad: str = "neutral"
+    masked: bool = True
+    pause: float | None = None
+    images: str | None = None
+    coordinates: str = "none"
+    video: str = ""
+    stride: int = 1
+    max_bad_records: int = 0
+
+    @property
+    def is_robot(self) -> bool:
+        return self.kind in ("rlds", "lerobot")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Everything about data but the data sets; names as where they are used.
+
+    Attributes:
+      sets: the mixture.
+      alpha: see `mixtures.shares`.
+      schedule, read, image, augment: see the classes; no ``augment`` = none.
+      prompts: templates of robot samples, see `SetSettings`; ("none",) turns them off.
+      system, lower_case: see `PromptConfig`.
+      tokenizer: folder of tokenizer.json; "" = the byte-level one of the tiny presets.
+      statistics: dataset_statistics.json; "" = computed from the robot sets.
+      dino_size, chunk, action_dim, state_dim: see `SampleEncoder`.
+      threads: readers of a host.
+      index_dir: where indexes are kept; "" = beside the data.
+    """
+
+    sets: tuple[SetSettings, ...]
+    alpha: float = 0.0
+    schedule: ScheduleConfig = ScheduleConfig()
+    read: ReadPolicy = ReadPolicy()
+    image: ImageConfig = ImageConfig(size=(224, 224), min_pixels=784, max_pixels=50_176)
+    augment: Augment | None = None
+    prompts: tuple[str, ...] = ("paper",)
+    system: str = PromptConfig.system
+    lower_case: bool = False
+    tokenizer: str = ""
+    statistics: str = ""
+    dino_size: int = 224
+    chunk: int = 16
+    action_dim: int = 7
+    state_dim: int = 0
+    threads: int = 8
+    index_dir: str = ""
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> DataSettings:
+        """Reads a config's data section; raises SettingsError naming unknown and missing keys."""
+        problems: list[str] = []
+        tree = dict(tree)
+        sections = {"schedule": ScheduleConfig, "read": ReadPolicy, "image": ImageConfig}
+        for key, section in sections.items():
+            tree[key] = _checked(section, tree.get(key) or {}, key, problems)
+        if tree.get("augment"):
+            tree["augment"] = _checked(Augment, tree["augment"], "augment", problems)
+        tree["sets"] = tuple(
+            _checked(SetSettings, {"name": name, **entry}, f"sets.{name}", problems)
+            for name, entry in sorted((tree.get("sets") or {}).items())
+        )
+        if not tree["sets"]:
+            problems.append("sets: no data set; add one by name")
+        problems += [
+            f"sets.{entry.name}.kind: {entry.kind!r}{nearest(entry.kind, KINDS)}"
+            for entry in tree["sets"]
+            if entry is not None and entry.kind not in KINDS
+        ]
+        tree["augment"] = tree.get("augment") or None
+        settings = _checked(cls, tree, "data", problems)
+        if problems:
+            raise SettingsError("data settings:\n  " + "\n  ".join(problems))
+        return settings
+
+
+def _checked(cls: type, tree: Mapping[str, Any], key: str, problems: list[str]) -> Any:
+    """An instance of a dataclass, lists as tuples; None and problems if the keys do not fit."""
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    before = len(problems)
+    problems += [f"{key}.{k}: unknown{nearest(k, known)}" for k in tree if k not in known]
+    problems += [
+        f"{key}.{name}: missing"
+        for name, field in known.items()
+        if name not in tree
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if len(problems) > before:
+        return None
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        problems.append(f"{key}: {error}")
+        return None
+
+
+def open_pipeline(settings: DataSettings, *, host: int = 0, num_hosts: int = 1) -> Pipeline:
+    """Opens the sources (indexing them if need be) and builds the pipeline of one host.
+
+    Raises:
+      SettingsError, SourceError, SpecError, StatisticsError, ScheduleError, LayoutError: by what
+        does not fit.
+    """
+    sources = [open_source(entry, settings) for entry in settings.sets]
+    encoders = make_encoders(settings, sources)
+    return Pipeline(
+        [
+            DataSet(source, own, weight)
+            for source, own, weight in zip(
+                sources, encoders, _weights(settings, sources), strict=True
+            )
+        ],
+        settings.schedule,
+        policy=settings.read,
+        host=host,
+        num_hosts=num_hosts,
+        threads=settings.threads,
+    )
+
+
+def open_source(entry: SetSettings, settings: DataSettings) -> Source:
+    """The source of one data set."""
+    common = {
+        "max_bad_records": entry.max_bad_records,
+        "index_dir": settings.index_dir or None,
+    }
+    if entry.kind == "grounding":
+        return GroundingSource(
+            entry.path, name=entry.name, images=entry.images, coordinates=entry.coordinates,
+            **common,
+        )  # fmt: skip
+    path = entry.path if isinstance(entry.path, str) else entry.path[0]
+    if entry.kind == "lerobot_grounding":
+        from st4vla_jax.data.lerobot import LeRobotGrounding  # needs the extra [lerobot]
+
+        return LeRobotGrounding(
+            path, name=entry.name, video=entry.video, stride=entry.stride, **common
+        )
+    robot = {
+        "spec": robot_spec(entry.spec), "chunk": settings.chunk, "views": entry.views,
+        "pad": entry.pad, "masked": entry.masked, **common,
+    }  # fmt: skip
+    if entry.kind == "lerobot":
+        from st4vla_jax.data.lerobot import LeRobotSource
+
+        return LeRobotSource(path, **robot)
+    return RldsSource(path, split=entry.split, filters=Filters(pause=entry.pause), **robot)
+
+
+def _weights(settings: DataSettings, sources: Sequence[Source]) -> list[float]:
+    """Weights of all sets, scaled by size**alpha among their kin."""
+    numbers: dict[bool, list[int]] = {True: [], False: []}
+    for number, entry in enumerate(settings.sets):
+        numbers[entry.is_robot].append(number)
+    weights = [0.0] * len(sources)
+    for own in filter(None, numbers.values()):
+        given = {str(i): settings.sets[i].weight for i in own}
+        sizes = {str(i): len(sources[i]) for i in own}
+        for key, share in shares(given, sizes, settings.alpha).items():
+            weights[int(key)] = share
+    return weights
+
+
+def make_encoders(
+    settings: DataSettings, sources: Sequence[Source]
+) -> list[tuple[SampleEncoder, ...]]:
+    """For each data set one encoder a paraphrase; numbers of groups and embodiments are shared."""
+    specs: dict[str, ActionSpec] = {
+        source.spec.embodiment: source.spec.action_spec
+        for entry, source in zip(settings.sets, sources, strict=True)
+        if entry.is_robot
+    }
+    base = SampleEncoder(
+        tokenizer=open_tokenizer(settings.tokenizer),
+        image_config=settings.image,
+        dino_size=settings.dino_size,
+        statistics=_statistics(settings, sources) if specs else None,
+        embodiments=specs,
+        augment=settings.augment,
+        groups=tuple(g for s in sources for g in getattr(s, "groups", (s.name,))),
+        chunk=settings.chunk,
+        action_dim=settings.action_dim,
+        state_dim=settings.state_dim,
+    )
+    return [
+        tuple(
+            dataclasses.replace(
+                base,
+                prompt=PromptConfig(
+                    TEMPLATES.get(name, name), settings.system, settings.lower_case
+                ),
+            )
+            for name in _prompts(entry, settings)
+        )
+        for entry in settings.sets
+    ]
+
+
+def _prompts(entry: SetSettings, settings: DataSettings) -> Sequence[str]:
+    """Prompts are of robot samples; one encoder serves any grounding set."""
+    if not entry.is_robot:
+        return ("none",)
+    return entry.prompts or settings.prompts
+
+
+def open_tokenizer(folder: str) -> Tokenizer:
+    """The tokenizer in a folder, or the byte-level one for ""."""
+    return Tokenizer.load(folder) if folder else byte_level_tokenizer()
+
+
+def _statistics(settings: DataSettings, sources: Sequence[Source]) -> Statistics:
+    if settings.statistics:
+        return Statistics.load(settings.statistics)
+    without = [e.name for e in settings.sets if e.kind == "lerobot"]
+    if without:
+        raise SettingsError(
+            f"data settings: {', '.join(without)} needs statistics: compute them with python -m "
+            "st4vla_jax.compute_stats, then set data.statistics"
+        )
+    return statistics_of([s for e, s in zip(settings.sets, sources, strict=True) if e.is_robot])
+
+
+def statistics_of(sources: Sequence[Any]) -> Statistics:
+    """Statistics of robot sources by embodiment, over all their episodes."""
+    found: dict[str, EmbodimentAccumulator] = {}
+    for source in sources:
+        own = accumulate(source.spec, source.standard_episodes())
+        if source.spec.embodiment in found:
+            found[source.spec.embodiment].merge(own)
+        else:
+            found[source.spec.embodiment] = own
+    entries: dict[str, EmbodimentStatistics] = {k: v.result() for k, v in found.items()}
+    return Statistics(entries)
