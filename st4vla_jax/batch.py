@@ -66,7 +66,8 @@ class ActionInputs:
       dino_images: u8[B,K,V,h,w,3] RGB views for DINOv2.
       view_mask: bool[B,K,V].
       state: f32[B,K,S] normalised proprioception, or None.
-      actions: f32[B,K,C,A] normalised action chunk.
+      actions: f32[B,K,C,A] normalised action chunk; finite where ``valid``, masked or not, since
+        the DiT reads all of it.
       action_mask: bool[B,K,C,A] entries that count in the loss.
       valid: bool[B,K] False for an unused robot slot.
       embodiment: i32[B,K] selects statistics and metrics only.

@@ -201,7 +201,7 @@ def register(commands: Any) -> None:
     sub.add_argument("--batch", type=int, default=64)
     sub.add_argument("--steps", type=int, default=40)
     sub.add_argument("--warm", type=int, default=5, help="batches before the clock starts")
-    sub.add_argument("--threads", type=int, default=8)
+    sub.add_argument("--threads", type=int, default=os.cpu_count())
     sub.add_argument("--tf-python", default=sys.executable, help="interpreter with tensorflow")
     sub.add_argument("--folder", type=Path, help="measure this package alone on such a folder")
     sub.add_argument("--json", type=Path, help="also write the result here")

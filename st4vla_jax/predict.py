@@ -18,15 +18,16 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from st4vla_jax.data.image import decode_image
+from st4vla_jax.data.sheet import COLOURS, draw_region
+from st4vla_jax.data.source import Region
 from st4vla_jax.policy.policy import ChatResult, Policy
-
-_BOX_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4")
 
 
 def action(args: argparse.Namespace) -> None:
     """Samples one chunk and writes it as JSON."""
+    check_writable(args.out)
     images = [decode_image(path) for path in args.image]
-    noise = None if args.noise is None else np.load(args.noise, allow_pickle=False)
+    noise = None if args.noise is None else read_noise(args.noise)
     policy = Policy.load(args.checkpoint)
     result = policy.act(
         images,
@@ -65,6 +66,8 @@ def action(args: argparse.Namespace) -> None:
 
 def chat(args: argparse.Namespace) -> None:
     """Prints an answer and what was found in it; draws it if asked to."""
+    if args.draw:
+        check_writable(args.draw)
     images = [decode_image(path) for path in args.image]
     policy = Policy.load(args.checkpoint)
     result = policy.chat(
@@ -91,26 +94,38 @@ def draw(image: np.ndarray, result: ChatResult) -> Image.Image:
     """The answer's boxes and points on the first image, in its original pixels."""
     picture = Image.fromarray(image)
     pen = ImageDraw.Draw(picture)
-    x_scale, y_scale = result.scales[0]
-    width = max(1, round(min(picture.size) / 150))
-    for i, box in enumerate(result.answer.boxes):
-        colour = _BOX_COLOURS[i % len(_BOX_COLOURS)]
-        xs = sorted((box.x1 * x_scale, box.x2 * x_scale))
-        ys = sorted((box.y1 * y_scale, box.y2 * y_scale))
-        pen.rectangle((xs[0], ys[0], xs[1], ys[1]), outline=colour, width=width)
-        if box.label:
-            pen.text((xs[0] + 2 * width, ys[0] + 2 * width), box.label, fill=colour)
-    for i, point in enumerate(result.answer.points):
-        colour = _BOX_COLOURS[i % len(_BOX_COLOURS)]
-        x, y, r = point.x * x_scale, point.y * y_scale, 2 * width
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=colour, outline="white")
+    answer, scale = result.answer, np.array(result.scales[0])
+    regions = [
+        Region("box", np.array([[b.x1, b.y1], [b.x2, b.y2]]) * scale, label=b.label)
+        for b in answer.boxes
+    ] + [Region("point", np.array([[p.x, p.y]]) * scale, label=p.label) for p in answer.points]
+    for i, region in enumerate(regions):
+        draw_region(pen, region, 1.0, COLOURS[i % len(COLOURS)])
     return picture
+
+
+def read_noise(path: Path) -> np.ndarray:
+    """A .npy file's array; raises ValueError, naming the file, for anything else."""
+    try:
+        noise = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: not a .npy file of numbers ({error})") from None
+    if not isinstance(noise, np.ndarray):
+        raise ValueError(f"{path}: several arrays (.npz); give one .npy")
+    return noise
+
+
+def check_writable(path: Path) -> None:
+    """Fails now rather than after the model has run."""
+    folder = path.absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
+        raise OSError(f"{path}: cannot be written (no such folder, not writable, or a folder)")
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON beside ``path`` and renames it: never half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 

@@ -14,7 +14,7 @@ from st4vla_jax.data.image import ImageConfig
 from st4vla_jax.data.normalize import ActionSpec
 from st4vla_jax.eval.parse import parse_answer
 from st4vla_jax.models.st4vla import ST4VLA
-from st4vla_jax.policy.policy import ChatResult, Policy
+from st4vla_jax.policy.policy import ChatResult, Policy, PolicyError
 from tests.reference.policy import PROMPT, TOKENIZER, random_params
 
 LIMITS = {"mean": 0.0, "std": 1.0, "max": 2.0, "min": -2.0, "q01": -0.5, "q99": 1.5}
@@ -101,6 +101,8 @@ def test_action_writes_a_chunk(checkpoint, images, tmp_path, capsys):
         (("--embodiment", "aloha"), "'aloha'; there are franka, oxe_bridge"),
         (("--embodiment", "franka", "--ddim-steps", "16"), "DDIM cannot take 16"),
         (("--embodiment", "franka", "--cfg-scale", "0.5"), "guidance scale 0.5"),
+        (("--embodiment", "franka", "--cfg-scale", "nan"), "guidance scale nan"),
+        (("--embodiment", "franka", "--instruction", "a <image>"), "contains <image>"),
         (("--embodiment", "franka", "--state", "1,2"), "has no state encoder"),
         (("--embodiment", "franka", "--instruction", "a<|im_end|>"), "<|im_end|>"),
     ],
@@ -112,11 +114,39 @@ def test_action_refuses(checkpoint, images, tmp_path, capsys, extra, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_noise_of_another_shape(checkpoint, images, tmp_path, capsys):
-    np.save(tmp_path / "n.npy", np.zeros((1, 16, 7)))
-    extra = ("--embodiment", "franka", "--noise", str(tmp_path / "n.npy"))
-    assert run_action(checkpoint, images, tmp_path / "o.json", *extra) == 1
-    assert "(1, 16, 7), this policy needs (1, 8, 7)" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "noise,message",
+    [
+        (np.zeros((1, 16, 7)), "(1, 16, 7) and dtype float64"),
+        (np.full((1, 8, 7), np.nan), "values beyond 100"),
+        (np.full((1, 8, 7), 1e39), "values beyond 100"),
+        (np.zeros((1, 8, 7), complex), "dtype complex128"),
+        (b"", "n.npy: not a .npy file"),
+    ],
+)
+def test_noise_that_is_none(checkpoint, images, tmp_path, capsys, noise, message):
+    path, out = tmp_path / "n.npy", tmp_path / "o.json"
+    if isinstance(noise, bytes):
+        path.write_bytes(noise)
+    else:
+        np.save(path, noise)
+    extra = ("--embodiment", "franka", "--noise", str(path))
+    assert run_action(checkpoint, images, out, *extra) == 1
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_damaged_parameters_never_reach_a_robot(checkpoint, images):
+    policy = Policy.load(checkpoint)
+    policy.params["dit"]["final_layer"]["linear"]["bias"] *= np.nan
+    views = [np.asarray(Image.open(p)) for p in images]
+    with pytest.raises(PolicyError, match="not finite"):
+        policy.act(views, "take", embodiment="franka")
+
+
+def test_an_output_that_cannot_be_written_is_refused_first(tmp_path, images, capsys):
+    assert run_action(tmp_path / "absent", images, tmp_path / "no" / "o.json") == 1
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_an_image_that_is_none(checkpoint, tmp_path, capsys):

@@ -10,13 +10,14 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image
 
 from st4vla_jax.data.image import resize
 from st4vla_jax.data.source import Region
 
 Crop = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right, bottom exclusive
 
+_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 _TRIES = 10  # crops drawn before an image whose regions they would lose is left whole
 
 
@@ -33,7 +34,7 @@ class Augment:
       aspect: (low, high) of a crop's aspect ratio over the image's; drawn evenly in its logarithm.
       min_visible: share of a box's area that must stay in view.
       brightness, contrast, saturation: each scales by a factor within 1 +- this.
-      hue: shifts by up to this share of the colour circle, 0..0.5.
+      hue: turns by up to this share of the colour circle (of YIQ: luma stays), 0..0.5.
     """
 
     scale: tuple[float, float] = (0.9, 0.9)
@@ -70,21 +71,28 @@ class Augment:
         return left, top, left + crop_w, top + crop_h
 
     def jitter(self, rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-        """Colours of u8[h,w,3]: brightness, contrast, saturation, hue, in this order."""
-        picture = Image.fromarray(image)
-        for strength, enhance in (
-            (self.brightness, ImageEnhance.Brightness),
-            (self.contrast, ImageEnhance.Contrast),
-            (self.saturation, ImageEnhance.Color),
-        ):
-            if strength:
-                picture = enhance(picture).enhance(rng.uniform(1 - strength, 1 + strength))
-        if self.hue:
-            hue, saturation, value = picture.convert("HSV").split()
-            shift = rng.uniform(-self.hue, self.hue)
-            turned = hue.point([round(i + 256 * shift) % 256 for i in range(256)])
-            picture = Image.merge("HSV", (turned, saturation, value)).convert("RGB")
-        return np.array(picture)
+        """Colours of u8[h,w,3]: brightness, contrast, saturation, hue, in this order.
+
+        All four are linear in the colours, so that one matrix does them (0.3 ms at 256x256, where
+        PIL's enhancers and its HSV take 3.5 ms) and values are clipped once.
+        """
+        if not any((self.brightness, self.contrast, self.saturation, self.hue)):
+            return image
+        bright, contrast, saturation = (
+            rng.uniform(1 - strength, 1 + strength)
+            for strength in (self.brightness, self.contrast, self.saturation)
+        )
+        angle = 2 * np.pi * rng.uniform(-self.hue, self.hue)
+        sine, cosine = np.sin(angle), np.cos(angle)
+        turn = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])
+        scale = np.diag([1, saturation, saturation])
+        colour = np.linalg.inv(_YIQ) @ turn @ scale @ _YIQ
+        # A sixteenth of the pixels is enough for the mean grey that contrast spreads from.
+        grey = bright * _YIQ[0] @ image[::4, ::4].mean(axis=(0, 1))
+        matrix = np.empty((3, 4))
+        matrix[:, :3] = bright * contrast * colour
+        matrix[:, 3] = (1 - contrast) * grey
+        return np.array(Image.fromarray(image).convert("RGB", tuple(matrix.ravel())))
 
     def apply(
         self, images: Sequence[np.ndarray], regions: Sequence[Region], rng: np.random.Generator

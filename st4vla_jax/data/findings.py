@@ -1,7 +1,7 @@
 """What is often wrong with robot data, as checks over standardised episodes.
 
-Each check returns sentences for a person; none means that nothing was found.  Standardised actions
-are delta xyz (m), delta roll-pitch-yaw (rad) and an absolute gripper, 1 = open (data/robot_spec.py).
+Each check returns sentences for a person; none means that nothing was found.  Actions are delta xyz
+(m), delta roll-pitch-yaw (rad) and an absolute gripper, 1 = open (data/robot_spec.py).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from st4vla_jax.data.robot_spec import RobotSpec, StandardEpisode
 from st4vla_jax.data.sheet import Cell, Strip, contact_sheet
 from st4vla_jax.data.source import Sample
 from st4vla_jax.data.source_files import SourceError
-from st4vla_jax.data.stats import Accumulator
+from st4vla_jax.data.stats import accumulate
 from st4vla_jax.data.tfds_folder import ALL_SPLITS, TfdsFolder, read_folder
 
 MANY = 10**9  # bad records are reported here, never a reason to stop
@@ -127,7 +127,8 @@ def inspect_lerobot(path: Path, spec_name: str | None, index_dir: Path | None) -
 
 def _declared(folder: TfdsFolder) -> list[str]:
     splits = [
-        f"  split {name}: {len(shards)} shards, {sum(s.records or 0 for s in shards) or '?'} episodes"
+        f"  split {name}: {len(shards)} shards, "
+        f"{sum(s.records or 0 for s in shards) or 'unknown'} episodes"
         for name, shards in sorted(folder.splits.items())
     ]
     columns = [
@@ -159,8 +160,8 @@ def _describe_robot(
     report.facts += [
         f"spec {spec.name}: embodiment {spec.embodiment}, {spec.control_hz:g} Hz, "
         f"{len(spec.names)} action dimensions",
-        f"{len(episodes)} episodes, {lengths.sum()} steps ({lengths.min()} to {lengths.max()} each), "
-        f"{len(source)} samples",
+        f"{len(episodes)} episodes of {lengths.min()} to {lengths.max()} steps, {lengths.sum()} in "
+        f"all, {len(source)} samples",
     ]
     report.facts += _statistics(spec, episodes)
     report.findings += findings.gripper_findings(spec, episodes)
@@ -179,10 +180,7 @@ def _describe_robot(
 
 
 def _statistics(spec: RobotSpec, episodes: Sequence[StandardEpisode]) -> list[str]:
-    accumulator = Accumulator(spec)
-    for episode in episodes:
-        accumulator.update(episode)
-    action = accumulator.result().action
+    action = accumulate(spec, episodes).result().action
     head = f"  {'action':<12}{'q01':>10}{'mean':>10}{'q99':>10}{'std':>10}"
     rows = [
         f"  {name:<12}{action.q01[i]:>10.4f}{action.mean[i]:>10.4f}{action.q99[i]:>10.4f}"

@@ -132,10 +132,11 @@ def parse(argv: Sequence[str], **defaults: Any) -> tuple[ConfigDict, flags.FlagV
     Flags live in an own table, so that nothing global changes.
     """
     own = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=own)
+    arguments = [sys.argv[0], *argv]
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=own, sys_argv=arguments)
     for name, value in defaults.items():
         flags.DEFINE_integer(name, value, "see above", flag_values=own)
-    own([sys.argv[0], *argv])
+    own(arguments)
     if own["config"].value is None:
         raise SystemExit(f"{sys.argv[0]}: needs --config=FILE.py\n\n{__doc__}")
     return own["config"].value, own

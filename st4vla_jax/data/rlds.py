@@ -33,7 +33,7 @@ from st4vla_jax.data.robot_spec import RobotSpec, StandardEpisode, nearest
 from st4vla_jax.data.shards import ShardReader
 from st4vla_jax.data.source import BadRecordError, Lengths, RobotStep, Sample, Turn
 from st4vla_jax.data.source_files import SourceError, check_problems, kept_lengths
-from st4vla_jax.data.tfds_folder import read_folder
+from st4vla_jax.data.tfds_folder import read_folder, shard_split
 
 
 class _Place(NamedTuple):
@@ -129,6 +129,11 @@ class RldsSource:
     def __len__(self) -> int:
         return len(self._selection.kept)
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of its samples."""
+        return (f"{self.name}/action",)
+
     def __getitem__(self, index: int) -> Sample:
         """Reads one sample.
 
@@ -160,7 +165,7 @@ class RldsSource:
             images=self._read_images(indexed, step, record),
             turns=(Turn("user", self._instructions[self._index.language[step]]),),
             robot=RobotStep(actions, mask, state, self.spec.embodiment),
-            group=self.name,
+            group=self.groups[0],
             record=record,
         )
 
@@ -233,6 +238,12 @@ class RldsSource:
     def episodes(self) -> np.ndarray:
         """i64[n] number of the episode that each sample is from."""
         return kept_episodes(self._table, self._selection)
+
+    def episode_contents(self) -> list[tuple[str, int]]:
+        """(split, hash of the steps' numbers and texts) of every indexed episode."""
+        names = [shard_split(shard.name) for shard in self._index.shards]
+        episodes = self._index.episodes
+        return [(names[e["shard"]], int(e["content"])) for e in episodes]
 
     def standard_episodes(self) -> Iterator[StandardEpisode]:
         """Standardised episodes, image-free: what statistics are computed over."""

@@ -73,6 +73,11 @@ class TfdsFolder:
         return self.splits[split]
 
 
+def shard_split(name: str) -> str:
+    """The split that a shard's file name tells."""
+    return _SHARD.fullmatch(Path(name).name)["split"]
+
+
 def read_folder(root: Path | str) -> TfdsFolder:
     """Reads a folder of one version, or of one data set with one version below it.
 

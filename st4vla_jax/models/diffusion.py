@@ -110,10 +110,10 @@ def guided(
       scale: at least 1; 1 is no guidance.
 
     Raises:
-      ValueError: ``scale`` is below 1.
+      ValueError: ``scale`` is below 1 or not finite.
     """
-    if scale < 1:
-        raise ValueError(f"guidance scale {scale} is below 1; 1 turns guidance off")
+    if not 1 <= scale < math.inf:
+        raise ValueError(f"guidance scale {scale} must be finite and at least 1, which is off")
     if scale == 1:
         return lambda x, t: denoise(x, t, condition)
     nothing = jnp.broadcast_to(uncondition, condition.shape).astype(condition.dtype)

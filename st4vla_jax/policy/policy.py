@@ -32,6 +32,7 @@ from st4vla_jax.models.decode import generate
 from st4vla_jax.models.diffusion import ddim_indices
 from st4vla_jax.models.st4vla import ST4VLA
 
+NOISE_LIMIT = 100.0  # standard deviations: anything beyond is not noise
 TOKEN_MULTIPLE = 64  # prompts are padded to it, so that a few words more do not recompile
 
 
@@ -152,6 +153,8 @@ class Policy:
         """
         start = time.perf_counter()
         cfg = self.meta.model
+        if IMAGE in instruction:
+            raise PolicyError(f"the instruction contains {IMAGE}; views are put before it already")
         if not cfg.has_action:
             raise PolicyError("this checkpoint is a vision-language model alone: it has no actions")
         ddim_indices(ddim_steps, cfg.dit.diffusion_steps)
@@ -171,6 +174,11 @@ class Policy:
             "compile": compile_s,
             "policy": time.perf_counter() - started,
         }
+        if not np.isfinite(normalized).all():
+            raise PolicyError(
+                "the model gave actions that are not finite: its parameters are damaged, or its "
+                "tokenizer has ids beyond its vocabulary (python -m convert_weights.verify)"
+            )
         actions = statistics.action.unnormalize(normalized, mode)
         return ActionResult(normalized, actions, embodiment, mode, timings)
 
@@ -248,8 +256,13 @@ class Policy:
         shape = (1, self.meta.model.dit.chunk, self.meta.model.dit.action_dim)
         if noise is None:
             return np.random.default_rng(seed).standard_normal(shape, np.float32)
-        if noise.shape != shape:
-            raise PolicyError(f"noise of shape {noise.shape}, this policy needs {shape}")
+        if noise.shape != shape or noise.dtype.kind != "f":
+            raise PolicyError(
+                f"noise of shape {noise.shape} and dtype {noise.dtype}, this policy needs floats "
+                f"of shape {shape}"
+            )
+        if not np.abs(noise).max() < NOISE_LIMIT:
+            raise PolicyError(f"noise must be standard normal; it has values beyond {NOISE_LIMIT}")
         return noise.astype(np.float32)
 
     def _state(self, state, statistics: EmbodimentStatistics, mode: str) -> np.ndarray | None:

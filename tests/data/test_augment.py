@@ -175,55 +175,79 @@ def only(**strength):
     return Augment(**zero | strength)
 
 
-def hsv(image):
-    scaled = image.astype(float) / 255
-    high, low = scaled.max(-1), scaled.min(-1)
-    r, g, b = np.moveaxis(scaled, -1, 0)
-    spread = np.where(high > low, high - low, 1)
-    sector = np.where(
-        high == r,
-        (g - b) / spread % 6,
-        np.where(high == g, 2 + (b - r) / spread, 4 + (r - g) / spread),
-    )
-    return sector / 6, np.where(high > 0, (high - low) / np.where(high > 0, high, 1), 0), high
+LUMA = np.array([0.299, 0.587, 0.114])
+
+
+def chroma(image):
+    """Colour as a complex number of YIQ, from the definitions of U and V turned by 33 degrees."""
+    red, _, blue = np.moveaxis(image.astype(float), -1, 0)
+    luma = image @ LUMA
+    u, v = 0.492 * (blue - luma), 0.877 * (red - luma)
+    angle = np.deg2rad(33)
+    return v * np.cos(angle) - u * np.sin(angle) + 1j * (v * np.sin(angle) + u * np.cos(angle))
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_each_jitter_changes_what_it_says(seed):
-    image = np.full((4, 4, 3), (180, 140, 120), np.uint8)
-    image[2:] = (40, 60, 70)
-    grey = image.astype(float) @ (0.299, 0.587, 0.114)
+    image = np.full((16, 16, 3), (180, 140, 120), np.uint8)
+    image[8:] = (40, 60, 70)
+    grey = image @ LUMA
 
     bright = only(brightness=0.3).jitter(rng_of(seed), image) / image
     assert np.ptp(bright) < 0.04 and 0.68 <= bright.mean() <= 1.32
 
     contrast = only(contrast=0.3).jitter(rng_of(seed), image).astype(float)
     factor = np.ptp(contrast[..., 0]) / np.ptp(image[..., 0].astype(float))
-    middle = round(grey.mean())
-    np.testing.assert_allclose(contrast, middle + factor * (image - float(middle)), atol=2)
-    assert 0.66 <= factor <= 1.34
+    np.testing.assert_allclose(contrast, grey.mean() + factor * (image - grey.mean()), atol=1)
+    assert 0.69 <= factor <= 1.31
 
-    vivid = only(saturation=0.3).jitter(rng_of(seed), image).astype(float)
-    np.testing.assert_allclose(vivid @ (0.299, 0.587, 0.114), grey, atol=1.5)
-    factor = np.ptp(vivid[0, 0]) / np.ptp(image[0, 0].astype(float))
-    assert 0.66 <= factor <= 1.34
+    vivid = only(saturation=0.3).jitter(rng_of(seed), image)
+    np.testing.assert_allclose(vivid @ LUMA, grey, atol=0.6)
+    factor = chroma(vivid) / chroma(image)
+    assert np.ptp(factor.real) < 0.08 and abs(factor.imag).max() < 0.05
+    assert 0.67 <= factor.real.mean() <= 1.33
 
     turned = only(hue=0.1).jitter(rng_of(seed), image)
-    (hue, saturation, value), (old_hue, old_saturation, old_value) = hsv(turned), hsv(image)
-    shift = (hue - old_hue + 0.5) % 1 - 0.5
-    assert np.ptp(shift) < 0.03 and abs(shift).max() < 0.12
-    np.testing.assert_allclose(saturation, old_saturation, atol=0.03)
-    np.testing.assert_allclose(value, old_value, atol=0.02)
+    np.testing.assert_allclose(turned @ LUMA, grey, atol=0.6)
+    factor = chroma(turned) / chroma(image)
+    np.testing.assert_allclose(abs(factor), 1, atol=0.05)
+    assert np.ptp(np.angle(factor)) < 0.06
 
 
 def test_jitters_are_drawn_across_their_range():
-    red = np.full((1, 1, 3), (200, 0, 0), np.uint8)
-    hues = [hsv(only(hue=0.1).jitter(rng_of(s), red))[0].item() for s in range(200)]
-    shifts = [(hue + 0.5) % 1 - 0.5 for hue in hues]
-    assert min(shifts) < -0.09 and max(shifts) > 0.09 and abs(np.mean(shifts)) < 0.02
-    image = np.full((2, 2, 3), 100, np.uint8)
-    levels = [only(brightness=0.2).jitter(rng_of(s), image)[0, 0, 0] for s in range(200)]
-    assert min(levels) <= 82 and max(levels) >= 118 and 98 < np.mean(levels) < 102
+    image = np.full((2, 2, 3), (150, 100, 90), np.uint8)
+    drawn = [
+        [only(brightness=0.2).jitter(rng_of(s), image)[0, 0, 0] / 150 for s in range(200)],
+        [
+            1 + np.angle((chroma(only(hue=0.1).jitter(rng_of(s), image)) / chroma(image))[0, 0])
+            / np.pi
+            for s in range(200)
+        ],
+    ]  # fmt: skip
+    for factors in drawn:
+        assert min(factors) <= 0.82 and max(factors) >= 1.18
+        assert 0.98 < np.mean(factors) < 1.02
+
+
+def test_jitters_together_are_one_after_another():
+    image = np.full((16, 16, 3), (140, 120, 110), np.uint8)
+    image[8:] = (80, 90, 100)
+    for seed in range(5):
+        together = Augment().jitter(rng_of(seed), image)
+        rng, one = rng_of(seed), image.astype(float)
+        one = one * rng.uniform(0.8, 1.2)
+        mean = (one @ LUMA).mean()
+        one = mean + rng.uniform(0.8, 1.2) * (one - mean)
+        factor = rng.uniform(0.8, 1.2) * np.exp(2j * np.pi * rng.uniform(-0.05, 0.05))
+        np.testing.assert_allclose(together @ LUMA, one @ LUMA, atol=0.6)
+        np.testing.assert_allclose(chroma(together), factor * chroma(one), atol=1)
+
+
+def test_jitter_clips_at_black_and_white():
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[:8] = 255
+    levels = {int(v) for s in range(20) for v in only(contrast=1).jitter(rng_of(s), image).ravel()}
+    assert {0, 255} <= levels
 
 
 def test_settings_out_of_range_are_listed_at_once():

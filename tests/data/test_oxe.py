@@ -224,9 +224,7 @@ CASES = {
 
 
 def full_name(name):
-    stem = name.removesuffix("*")
-    long = "_converted_externally_to_rlds"
-    return stem + (long if name.endswith("*") else "")
+    return name.replace("*", "_converted_externally_to_rlds")
 
 
 def is_gripper(key):

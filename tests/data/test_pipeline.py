@@ -184,7 +184,7 @@ def test_too_many_bad_records_are_an_error():
         raise BadRecordError(f"line {index} is broken")
 
     policy = dataclasses.replace(FAST, max_bad_records=3)
-    pipeline = Pipeline(mixture((2, Trouble(on_read))), CONFIG, policy=policy)
+    pipeline = Pipeline(mixture((2, Trouble(on_read))), CONFIG, policy=policy, threads=0)
     with pytest.raises(ReadError, match="4 bad records, max_bad_records is 3.*\n.*is broken"):
         take(pipeline, 5)
 
