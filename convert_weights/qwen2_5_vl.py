@@ -24,10 +24,19 @@ from convert_weights.rules import (
     vision_rules,
 )
 from convert_weights.safetensors_io import Tensors, open_weights, shapes
+from st4vla_jax.checkpoint import HF_CONFIG
 from st4vla_jax.config import ModelConfig, TextConfig, VisionConfig
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.language_model.embed_tokens.weight"
+
+# What Qwen2.5-VL computes: config.json's name of a choice -> the values that mean it.
+_SUPPORTED = {
+    "hidden_act": ("silu",),
+    "use_sliding_window": (False,),
+    "vision_config.hidden_act": ("silu",),
+}
+_ROPE_TYPES = ("default", "mrope")
 
 # config.json's name of a token id -> token.
 SPECIAL_IDS = {
@@ -122,7 +131,8 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> tuple[VisionConfig, Tex
     """Reads HF's config.json: flat (as the hub has it) or nested text_config, old or new rope keys.
 
     Raises:
-      ConversionError: another architecture, or keys missing; the message names ``where``.
+      ConversionError: another architecture, keys missing, values of a wrong type, or choices that
+        this package does not compute; the message names ``where``.
     """
     if hf.get("model_type") not in ("qwen2_5_vl", None):
         raise ConversionError(f"{where}: model_type {hf['model_type']!r} is not 'qwen2_5_vl'")
@@ -137,6 +147,8 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> tuple[VisionConfig, Tex
         missing.append("rope_scaling.mrope_section (or rope_parameters.mrope_section)")
     if missing:
         raise ConversionError(f"{where}: lacks {', '.join(missing)}")
+    if problems := _config_problems(text_part, vision_part, rope):
+        raise ConversionError("\n  ".join([f"{where}: cannot be used", *problems]))
     fields = {f.name for f in dataclasses.fields(VisionConfig)} - {"rms_norm_eps", "rope_theta"}
     vision = {k: vision_part[k] for k in fields if k in vision_part}
     vision["fullatt_block_indexes"] = tuple(
@@ -144,6 +156,32 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> tuple[VisionConfig, Tex
     )
     vision.setdefault("out_hidden_size", text_part["hidden_size"])
     return VisionConfig(**vision), _text_config(hf, text_part, rope)
+
+
+def _config_problems(text: Mapping, vision: Mapping, rope: Mapping) -> list[str]:
+    """Choices that change the numbers, and sizes that are no integers above 0."""
+    named = {f"vision_config.{k}": v for k, v in vision.items()} | dict(text)
+    problems = [
+        f"{name} is {named[name]!r}, supported: {', '.join(map(repr, values))}"
+        for name, values in _SUPPORTED.items()
+        if name in named and named[name] not in values
+    ]
+    for name in ("type", "rope_type"):
+        if rope.get(name, "default") not in _ROPE_TYPES:
+            problems.append(
+                f"{name} {rope[name]!r} of the rotary embedding (rope_scaling or rope_parameters) "
+                f"is not supported, only {', '.join(_ROPE_TYPES)}"
+            )
+    if "sliding_attention" in (text.get("layer_types") or ()):
+        problems.append("layer_types asks for sliding_attention, supported: full_attention")
+    sizes = {f.name for f in dataclasses.fields(TextConfig) if f.type == "int"} - {"head_dim"}
+    sizes |= {f"vision_config.{f.name}" for f in dataclasses.fields(VisionConfig) if f.type == "int"}
+    problems += [
+        f"{name} is {named[name]!r}, expected an integer above 0"
+        for name in sorted(sizes & named.keys())
+        if type(named[name]) is not int or named[name] < 1
+    ]
+    return problems
 
 
 def _text_config(hf: Mapping, part: Mapping, rope: Mapping) -> TextConfig:
@@ -297,7 +335,7 @@ def read_folder(path: Path | str) -> VlmFolder:
     if not path.is_dir():
         raise ConversionError(f"{path}: no such folder")
     vision, text = config_from_hf(read_json(path / "config.json"), str(path / "config.json"))
-    files = {"hf_config.json": path / "config.json"}
+    files = {HF_CONFIG: path / "config.json"}
     files |= {name: path / name for name in OTHER_FILES if (path / name).is_file()}
     files |= {f"tokenizer/{n}": path / n for n in TOKENIZER_FILES if (path / n).is_file()}
     if "tokenizer/tokenizer.json" not in files:
@@ -305,6 +343,11 @@ def read_folder(path: Path | str) -> VlmFolder:
             f"{path}: holds no tokenizer.json; make one with `python -m convert_weights.tokenizer`"
         )
     return VlmFolder(path, vision, text, files)
+
+
+def added_token_ids(path: Path) -> dict[str, int]:
+    """{added token: id} of a tokenizer.json."""
+    return {token["content"]: token["id"] for token in read_json(path).get("added_tokens", [])}
 
 
 def read_weights(folder: VlmFolder) -> tuple[Tensors, bool]:

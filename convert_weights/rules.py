@@ -14,10 +14,10 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
+from st4vla_jax.checkpoint import nested as nested  # what `leaves_from_torch` yields, as a tree
 from st4vla_jax.config import BridgeConfig, DinoConfig, DitConfig, TextConfig, VisionConfig
 
 Sizes = Mapping[str, int]
@@ -323,15 +323,3 @@ def tensors_to_torch(rule: Rule, array: np.ndarray) -> Iterator[tuple[str, np.nd
     parts = [array] if rule.layers is None else array
     for key, part in zip(rule.torch_keys, parts, strict=True):
         yield key, np.ascontiguousarray(rule.to_torch(part))
-
-
-def nested(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """{"a/b/c": x} as nested dicts."""
-    tree: dict[str, Any] = {}
-    for path, value in leaves:
-        *parents, leaf = path.split("/")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[leaf] = value
-    return tree

@@ -26,29 +26,28 @@ import jax
 import numpy as np
 
 from convert_weights import dinov2, qwen2_5_vl, st4vla
+from convert_weights.cli import command, positive
 from convert_weights.rules import ConversionError, leaves_from_torch
 from convert_weights.safetensors_io import sha256, weight_files, write_safetensors
 from st4vla_jax.checkpoint import (
     META,
     PASSTHROUGH,
     STATISTICS,
-    CheckpointError,
     Meta,
     check_target,
     git_revision,
     write_checkpoint,
 )
-from st4vla_jax.config import DIT_PRESETS, BridgeConfig, ConfigError, ModelConfig
-from st4vla_jax.data.image import ImageConfig
-from st4vla_jax.data.normalize import ActionSpec, Statistics, StatisticsError
-from st4vla_jax.data.prompts import TEMPLATES, PromptConfig, PromptError
-from st4vla_jax.data.tokenizer import Tokenizer, TokenizerError
+from st4vla_jax.config import DIT_PRESETS, BridgeConfig, ModelConfig, TextConfig
+from st4vla_jax.data.image import ImageConfig, ImageError
+from st4vla_jax.data.normalize import ActionSpec, Statistics
+from st4vla_jax.data.prompts import TEMPLATES, PromptConfig
+from st4vla_jax.data.tokenizer import Tokenizer
 from st4vla_jax.models.st4vla import ST4VLA
 from st4vla_jax.sharding import unbox
 
-ERRORS = (
-    CheckpointError, ConfigError, ConversionError, PromptError, StatisticsError, TokenizerError,
-)  # fmt: skip
+# Options of `parse` that describe fresh parts -> their defaults.
+FRESH = {"dit": "b", "chunk": 16, "action_dim": 7, "seed": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +102,7 @@ def from_folder(args: argparse.Namespace) -> Source:
         policy=st4vla.Policy(cfg, tensors, passthrough, stored_head),
         files=dict(folder.files),
         weights=weights,
-        prompt=_prompt(args.prompt or "paper"),
+        prompt=PromptConfig(_template(args.prompt or "paper")),
         image=ImageConfig(),
         fresh=("bridge", "dit") if args.dino else (),
     )
@@ -128,13 +127,15 @@ def from_run(args: argparse.Namespace) -> Source:
     if statistics.is_file():
         files[STATISTICS] = statistics
     files[st4vla.UPSTREAM_CONFIG] = run.root / "config.yaml"
-    prompt = _prompt(args.prompt) if args.prompt else _run_prompt(run)
+    prompt = _run_prompt(run)
+    if args.prompt:
+        prompt = dataclasses.replace(prompt, template=_template(args.prompt))
     return Source(
         policy=st4vla.read_run(run, folder, heads),
         files=files,
         weights=[run.weights],
         prompt=prompt,
-        image=ImageConfig(size=_run_image_size(run)),
+        image=_run_image(run),
         step=run.step,
     )
 
@@ -143,23 +144,35 @@ def _run_prompt(run: st4vla.RunFolder) -> PromptConfig:
     """The run's template, lower-casing as upstream does at inference (spec 1.10)."""
     # Without the key upstream uses the instruction as it is (spec 1.2).
     template = run.value("datasets.vla_data.CoT_prompt", TEMPLATES["none"])
-    return PromptConfig(str(template), lower_case=True)
+    return PromptConfig(template, lower_case=True)
 
 
-def _run_image_size(run: st4vla.RunFolder) -> tuple[int, int] | None:
+def _run_image(run: st4vla.RunFolder) -> ImageConfig:
     size = run.value("datasets.vla_data.image_size")
-    if size is None:
-        return None
-    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) for n in size)):
+    try:
+        # Turned round from PIL's order: upstream hands it to Image.resize.
+        return ImageConfig(size=None if size is None else tuple(size[::-1]))
+    except ImageError as error:
         raise ConversionError(
-            f"{run.config_file}: datasets.vla_data.image_size is {size!r}, expected two integers"
+            f"{run.config_file}: datasets.vla_data.image_size is {size!r}, expected two integers "
+            f"above 0, width and height ({error})"
+        ) from None
+
+
+def _template(name: str) -> str:
+    return TEMPLATES.get(name, name)
+
+
+def _check_tokenizer(files: Mapping[str, Path], text: TextConfig) -> None:
+    """Raises an error unless every id of the tokenizer has a row in the embedding."""
+    path = files["tokenizer/tokenizer.json"]
+    vocabulary = Tokenizer.load(path.parent).bpe()["vocab"].values()
+    largest = max(*vocabulary, *qwen2_5_vl.added_token_ids(path).values())
+    if largest >= text.vocab_size:
+        raise ConversionError(
+            f"{path}: its largest token id is {largest}, but vocab_size is {text.vocab_size} in "
+            f"{files[qwen2_5_vl.HF_CONFIG]}; this is another model's tokenizer"
         )
-    width, height = size  # PIL's order: upstream hands it to Image.resize
-    return height, width
-
-
-def _prompt(name: str) -> PromptConfig:
-    return PromptConfig(TEMPLATES.get(name, name))
 
 
 def _action_spec(cfg: ModelConfig, statistics: Mapping[str, Any]) -> ActionSpec | None:
@@ -214,7 +227,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     if args.statistics:
         files[STATISTICS] = Path(args.statistics)
     statistics = Statistics.load(files[STATISTICS]) if STATISTICS in files else {}
-    Tokenizer.load(files["tokenizer/tokenizer.json"].parent)
+    _check_tokenizer(source.files, source.policy.config.text)
     meta = Meta(
         model=source.policy.config,
         prompt=source.prompt,
@@ -254,32 +267,47 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--st4vla", type=Path, help="weight file in an upstream run folder")
     add("--base-vlm", type=Path, help="with --st4vla: folder with the VLM's config and tokenizer")
     add("--dino", type=Path, help="with --vlm: torch.hub .pth or Hugging Face Dinov2 safetensors")
-    add("--dit", choices=sorted(DIT_PRESETS), default="b", help="size of the fresh DiT")
-    add("--chunk", type=int, default=16, help="action chunk of the fresh DiT")
-    add("--action-dim", type=int, default=7, help="action dimensions of the fresh DiT")
-    add("--seed", type=int, default=0, help="of fresh parts")
-    add("--dino-heads", type=int, help="heads of a DINOv2 of unusual width")
-    add("--qformer-heads", type=int, help="heads of the Q-Former, if not 8")
-    add("--dit-heads", type=int, help="heads of a DiT of unusual width")
+    fresh = "with --dino, default {}: {} of the fresh DiT"
+    add("--dit", choices=sorted(DIT_PRESETS), help=fresh.format(FRESH["dit"], "size"))
+    add("--chunk", type=positive, help=fresh.format(FRESH["chunk"], "action chunk"))
+    add("--action-dim", type=positive, help=fresh.format(FRESH["action_dim"], "action dimensions"))
+    add("--seed", type=int, help="with --dino, default 0: of fresh parts")
+    add("--dino-heads", type=positive, help="heads of a DINOv2 of unusual width")
+    add("--qformer-heads", type=positive, help="with --st4vla: heads of the Q-Former, if not 8")
+    add("--dit-heads", type=positive, help="with --st4vla: heads of a DiT of unusual width")
     add("--statistics", type=Path, help="dataset_statistics.json to put into the checkpoint")
     add("--prompt", help=f"{', '.join(TEMPLATES)}, or a template with {{instruction}}")
     add("--overwrite", action="store_true", help="replace a checkpoint that is there")
     args = parser.parse_args(argv)
-    if args.st4vla and args.dino:
-        parser.error("--dino goes with --vlm; an upstream run holds its own DINOv2")
-    if args.vlm and args.base_vlm:
-        parser.error("--base-vlm goes with --st4vla")
+    if problems := _useless_options(args):
+        parser.error("; ".join(problems))
+    for name, default in FRESH.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     return args
 
 
+def _useless_options(args: argparse.Namespace) -> list[str]:
+    """Options that the kind of source would ignore."""
+    groups = [
+        (("dino",), args.vlm, "goes with --vlm; an upstream run holds its own DINOv2"),
+        (("base_vlm", "qformer_heads", "dit_heads"), args.st4vla, "goes with --st4vla"),
+        (("dino_heads",), args.dino or args.st4vla, "goes with --dino or --st4vla"),
+        (FRESH, args.dino, "goes with --dino: nothing is fresh without it"),
+    ]
+    return [
+        f"--{name.replace('_', '-')} {text}"
+        for names, useful, text in groups
+        for name in names
+        if getattr(args, name) is not None and not useful
+    ]
+
+
+@command
 def main(argv: list[str] | None = None) -> int:
     """Converts and reports; returns the exit status."""
     args, start = parse(argv), time.perf_counter()
-    try:
-        report = convert(args)
-    except ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    report = convert(args)
     print(f"wrote {args.out}")
     for (part, dtype), count in report["counts"].items():
         state = "fresh" if part in report["fresh"] else "converted"

@@ -14,7 +14,6 @@ import binascii
 import importlib.util
 import json
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -22,6 +21,8 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers,
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
+from convert_weights.cli import command
+from st4vla_jax.checkpoint import new_folder
 from st4vla_jax.data.tokenizer import (
     Tokenizer,
     TokenizerError,
@@ -195,31 +196,19 @@ def read(source: str) -> Tokenizer:
 
 
 def write(tokenizer: Tokenizer, out: Path, overwrite: bool = False) -> None:
-    """Writes the folder beside ``out`` and renames it, so that no half of one is ever seen.
-
-    Raises:
-      TokenizerError: ``out`` exists; with ``overwrite``, it exists and is not a tokenizer folder.
-    """
-    taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
-    if taken and not overwrite:
-        raise TokenizerError(f"--out {out} exists; give --overwrite to replace it")
-    if taken and not (out / "tokenizer.json").is_file():
-        raise TokenizerError(f"--out {out} is not a tokenizer folder; it is not overwritten")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        fresh = Path(scratch) / "fresh"
-        tokenizer.save(fresh)
+    """Writes tokenizer.json with vocab.json and merges.txt, in a folder that `new_folder` makes."""
+    with new_folder(out, "tokenizer.json", overwrite) as work:
+        tokenizer.save(work)
         model = tokenizer.bpe()
         vocab = json.dumps(model["vocab"], ensure_ascii=False)
         merges = "\n".join(("#version: 0.2", *map(" ".join, model["merges"]), ""))
-        (fresh / "vocab.json").write_text(vocab, encoding="utf-8")
-        (fresh / "merges.txt").write_text(merges, encoding="utf-8", newline="")
-        if taken:
-            out.rename(Path(scratch) / "replaced")
-        fresh.rename(out)
+        (work / "vocab.json").write_text(vocab, encoding="utf-8")
+        (work / "merges.txt").write_text(merges, encoding="utf-8", newline="")
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
+    """Makes the folder and reports; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m convert_weights.tokenizer",
         description=__doc__,
@@ -229,12 +218,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer folder")
     args = parser.parse_args(argv)
-    try:
-        tokenizer = read(args.source)
-        write(tokenizer, args.out, args.overwrite)
-    except TokenizerError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+    tokenizer = read(args.source)
+    write(tokenizer, args.out, args.overwrite)
     print(f"{args.out}: {len(tokenizer)} tokens, sha256 {tokenizer.fingerprint()}")
     return 0
 

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 from convert_weights import qwen2_5_vl, st4vla
+from convert_weights.cli import command
 from convert_weights.rules import ConversionError, Rule
 from convert_weights.safetensors_io import LazyTensor, Tensors, lazy, open_weights
 from st4vla_jax.checkpoint import (
     META,
     PASSTHROUGH,
-    CheckpointError,
     param_shapes,
     read_leaf,
     read_meta,
@@ -111,14 +111,21 @@ def _reader(leaf: Callable[[str], np.ndarray], rule: Rule, i: int) -> Callable[[
 
 
 def difference(a: np.ndarray, b: np.ndarray, atol: float, rtol: float) -> Difference:
-    """Errors of ``a`` against ``b``; NaN agrees with NaN only at the same place."""
+    """Errors of ``a`` against ``b``.
+
+    NaN and the infinities agree only with themselves; anything else there is an infinite error.
+    """
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     if np.array_equal(a, b, equal_nan=True):
         return Difference(0.0, 0.0, True)
-    error = np.abs(a - b)
+    equal = (a == b) | (np.isnan(a) & np.isnan(b))
+    finite = np.isfinite(a) & np.isfinite(b)
+    with np.errstate(invalid="ignore"):  # inf - inf, where ``equal`` or ``finite`` decides
+        error = np.where(equal, 0, np.where(finite, np.abs(a - b), np.inf))
     largest = float(error.max())
-    scale = float(np.abs(b).max())
-    within = bool(np.all(error <= atol + rtol * np.abs(b)))  # False where NaN
+    scale = float(np.abs(b, where=np.isfinite(b), out=np.zeros_like(b)).max())
+    within = bool(np.all(error[finite] <= (atol + rtol * np.abs(b))[finite]))
+    within = within and bool(np.all(equal | finite))
     return Difference(largest, largest / scale if scale else float("inf"), within)
 
 
@@ -157,6 +164,7 @@ def _vlm_only(tensors: Tensors) -> dict[str, Any]:
     return {key: tensor for key, tensor in tensors.items() if key.startswith(st4vla.VLM)}
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Compares and reports; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -171,17 +179,13 @@ def main(argv: list[str] | None = None) -> int:
         "--layers-atol", type=float, default=1e-4, help="of a hidden state, relative to its largest"
     )
     args = parser.parse_args(argv)
-    try:
-        a, b = open_any(args.a), open_any(args.b)
-        print("max abs   max rel")
-        problems = compare(a, b, args.atol, args.rtol)
-        if args.layers:
-            from convert_weights.verify_layers import compare_layers  # alone needs torch
+    a, b = open_any(args.a), open_any(args.b)
+    print("max abs   max rel")
+    problems = compare(a, b, args.atol, args.rtol)
+    if args.layers:
+        from convert_weights.verify_layers import compare_layers  # alone needs torch
 
-            problems += compare_layers(a, b, args.layers_atol)
-    except (CheckpointError, ConversionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        problems += compare_layers(a, b, args.layers_atol)
     if problems:
         print(f"{len(problems)} differences; first: {problems[0]}")
         return 1

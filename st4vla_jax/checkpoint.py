@@ -15,10 +15,13 @@ its name only when it is complete.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import contextvars
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,7 +33,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.experimental import v1 as ocp_v1
 
-from st4vla_jax.config import ConfigError, ModelConfig, from_dict, to_dict
+from st4vla_jax.config import ModelConfig, from_dict, to_dict
 from st4vla_jax.data.image import ImageConfig
 from st4vla_jax.data.normalize import ActionSpec
 from st4vla_jax.data.prompts import PromptConfig
@@ -42,10 +45,13 @@ PASSTHROUGH = "passthrough.safetensors"
 HF_CONFIG = "hf_config.json"
 _PARAMS = "params"
 _TREE = "_METADATA"  # the file that makes a folder an Orbax tree
+# A parameter in the messages of TensorStore: the key of its metadata or of one of its chunks.
+_NAMED = re.compile(r'"([^"/]+)/(?:zarr\.json|c/)')
 _GROUP_BYTES = 256 << 20  # parameters written in one go: each go costs 60 ms and two files
 # Stored in pieces of this size: a 1.6 GB parameter in one piece took twice the memory (6.1 GiB
 # against 3.2) and three times as long (measured on 2 cores).
 _CHUNK_BYTES = 64 << 20
+_CONCURRENT_GB = 4  # read at a time, beside what is already in its place
 
 
 class CheckpointError(ValueError):
@@ -117,15 +123,18 @@ def _tuples(value: Any) -> Any:
 
 
 def git_revision() -> str | None:
-    """Commit of this package's checkout, or None outside of one."""
-    folder = Path(__file__).parent
+    """Commit of this package's checkout, or None outside of one.
+
+    An installed package may lie inside another project's repository, whose commit says nothing.
+    """
+    root = Path(__file__).resolve().parents[1]
+    command = ["git", "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    top, commit = done.stdout.splitlines()
+    return commit if Path(top).resolve() == root else None
 
 
 # --- Writing ------------------------------------------------------------------------------------
@@ -133,7 +142,10 @@ def git_revision() -> str | None:
 
 def check_target(out: Path | str, marker: str, overwrite: bool = False) -> None:
     """Raises CheckpointError if `new_folder` could not write to ``out``; for a check up front."""
-    out = Path(out)
+    out = Path(out).absolute()
+    above = next(folder for folder in out.parents if folder.exists())
+    if not above.is_dir():
+        raise CheckpointError(f"{out}: {above} is a file, not a folder")
     taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
     if taken and not overwrite:
         raise CheckpointError(f"{out}: already there; give --overwrite to replace it")
@@ -146,7 +158,8 @@ def new_folder(out: Path | str, marker: str, overwrite: bool = False) -> Iterato
     """A temporary sibling of ``out`` that takes its name if the block succeeds, else vanishes.
 
     Args:
-      out: folder to make; it may be there if empty.
+      out: folder to make; it may be there if empty.  Of a symbolic link the target is made, and
+        the link stays.
       marker: file (relative) that tells a folder of the kind that may be overwritten.
       overwrite: replace such a folder.
 
@@ -154,12 +167,12 @@ def new_folder(out: Path | str, marker: str, overwrite: bool = False) -> Iterato
       CheckpointError: ``out`` is there already, or is something else than what may be replaced.
     """
     check_target(out, marker, overwrite)
-    out = Path(out).absolute()
+    out = Path(out).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
-    work.mkdir()
     try:
+        work.mkdir()
         yield work
         if out.exists():
             out.rename(old)
@@ -208,32 +221,39 @@ def _write_leaves(folder: Path, leaves: Iterable[tuple[str, np.ndarray]]) -> Non
     """Writes an Orbax tree, large parameters one at a time and small ones in groups.
 
     The partial API of Orbax v1 does it; what it makes is one item "state" in a folder, which is
-    moved up, so that ``folder`` itself is the tree.
+    moved up, so that ``folder`` itself is the tree.  It runs in a thread that is waited for, also
+    when Ctrl-C ends the wait: threads of Orbax would else write into a folder that was removed.
     """
     session = folder.with_name(f"{folder.name}.session")
     context = ocp_v1.Context()
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     group: dict[str, np.ndarray] = {}
     size = 0
-    with context:
+    with context, concurrent.futures.ThreadPoolExecutor(1) as pool:
+
+        def save(tree: dict[str, Any]) -> None:
+            run = contextvars.copy_context().run  # the thread sees ``context`` too
+            pool.submit(run, ocp_v1.partial.save, session, tree).result()
+
         for path, array in leaves:
             group[path] = array
             size += array.nbytes
             del array  # the group alone holds it: it is free before the next one is made
             if size >= _GROUP_BYTES:
-                ocp_v1.partial.save(session, _nested(group))
+                save(nested(group.items()))
                 group, size = {}, 0
         if group:
-            ocp_v1.partial.save(session, _nested(group))
+            save(nested(group.items()))
         ocp_v1.partial.finalize(session)
     (item,) = [child for child in session.iterdir() if (child / _TREE).is_file()]
     item.rename(folder)
     shutil.rmtree(session)
 
 
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def nested(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """{"a/b/c": x} as nested dicts, from pairs of path and value."""
     tree: dict[str, Any] = {}
-    for path, value in leaves.items():
+    for path, value in leaves:
         *parents, leaf = path.split("/")
         node = tree
         for name in parents:
@@ -260,6 +280,8 @@ def read_meta(directory: Path | str) -> Meta:
         version = values["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / META}: not readable ({error})") from None
+    if not isinstance(version, int):
+        raise CheckpointError(f"{directory / META}: format_version {version!r} is no number")
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{directory}: format_version {version} is newer than this package's "
@@ -267,13 +289,15 @@ def read_meta(directory: Path | str) -> Meta:
         )
     try:
         return Meta.from_json(values)
-    except (CheckpointError, ConfigError) as error:
+    except (ValueError, TypeError) as error:  # of the parts' own checks, or a wrong kind of value
         raise CheckpointError(f"{directory / META}: {error}") from None
 
 
 def param_shapes(directory: Path | str) -> dict[str, jax.ShapeDtypeStruct]:
     """{path: shape and dtype} of the parameters, without reading them."""
-    tree = ocp.PyTreeCheckpointHandler().metadata(_params_folder(directory)).tree
+    folder = _params_folder(directory)
+    with _reading(folder, _TREE):
+        tree = ocp.PyTreeCheckpointHandler().metadata(folder).tree
     flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
     return {
         "/".join(key.key for key in keys): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -283,7 +307,7 @@ def param_shapes(directory: Path | str) -> dict[str, jax.ShapeDtypeStruct]:
 
 def read_leaf(directory: Path | str, path: str) -> np.ndarray:
     """Reads one parameter."""
-    value = _restore(directory, _nested({path: ocp.RestoreArgs(np.ndarray)}))
+    value = _restore(directory, nested([(path, ocp.RestoreArgs(np.ndarray))]), path)
     for name in path.split("/"):
         value = value[name]
     return value
@@ -319,8 +343,8 @@ def read_params(
     if absent:
         raise CheckpointError(f"{directory}: has no parameters named {', '.join(absent)}")
     wanted = tops if subtrees is None else set(subtrees)
-    tree = _nested(
-        {p: ocp.RestoreArgs(np.ndarray, dtype) for p in paths if p.split("/")[0] in wanted}
+    tree = nested(
+        (p, ocp.RestoreArgs(np.ndarray, dtype)) for p in paths if p.split("/")[0] in wanted
     )
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _, one=shardings: one, tree)
@@ -330,14 +354,37 @@ def read_params(
             tree,
             shardings,
         )
-    return _restore(directory, tree)
+    return _restore(directory, tree, ", ".join(sorted(wanted)))
 
 
-def _restore(directory: Path | str, restore_args: dict[str, Any]) -> dict[str, Any]:
-    """Reads the leaves that ``restore_args`` names."""
+def _restore(directory: Path | str, restore_args: dict[str, Any], what: str) -> dict[str, Any]:
+    """Reads the leaves that ``restore_args`` names; ``what`` are they, for messages."""
     item = jax.tree.map(lambda _: 0, restore_args)
     args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-    return ocp.PyTreeCheckpointHandler().restore(_params_folder(directory), args=args)
+    folder = _params_folder(directory)
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_CONCURRENT_GB)
+    with _reading(folder, what):
+        return handler.restore(folder, args=args)
+
+
+@contextlib.contextmanager
+def _reading(folder: Path, what: str) -> Iterator[None]:
+    """Makes a CheckpointError of whatever a damaged Orbax tree raises.
+
+    Args:
+      folder: the tree.
+      what: is read; a parameter that the error names is named instead.
+    """
+    try:
+        yield
+    except Exception as error:  # json, zarr and TensorStore raise many kinds
+        named = _NAMED.search(str(error))
+        what = named[1].replace(".", "/") if named else what
+        reason = str(error).partition(" [tensorstore_spec")[0].partition("\n")[0]
+        raise CheckpointError(
+            f"{folder}: cannot read {what}, the checkpoint may be damaged "
+            f"({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _params_folder(directory: Path | str) -> Path:

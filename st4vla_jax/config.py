@@ -48,13 +48,14 @@ class VisionConfig:
 
     def problems(self) -> list[str]:
         window = (self.window_size // self.patch_size) ** 2
+        outside = any(not 0 <= i < self.depth for i in self.fullatt_block_indexes)
         checks = {
             f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}": (
                 self.hidden_size % self.num_heads
             ),
             f"head_dim {self.head_dim} is not a multiple of 4 (2-D rotary)": self.head_dim % 4,
             f"fullatt_block_indexes {self.fullatt_block_indexes} reach past depth {self.depth}": (
-                any(not 0 <= i < self.depth for i in self.fullatt_block_indexes)
+                outside
             ),
             f"a window of {window} patches is not one bin of {VISION_BIN}": window != VISION_BIN,
             "spatial_merge_size must be 2": self.spatial_merge_size != 2,
@@ -268,7 +269,6 @@ class Runtime:
 
 
 FLOAT32 = Runtime(dtypes=DTypes(compute=jnp.float32))
-
 _VISION_LARGE = VisionConfig(intermediate_size=3456)
 _BIG_TEXT = TextConfig(vocab_size=152_064, tie_word_embeddings=False)
 
@@ -358,7 +358,7 @@ def model_config(
     vision, text = _pick(VLM_PRESETS, vlm, "vlm")
     if dino is None and dit is None:
         return ModelConfig(vision, text, None, None, None).check()
-    if dino is None or dit is None:
+    if None in (dino, dit):
         raise ConfigError("dino and dit must be given together or both be None")
     dit_cfg = dataclasses.replace(_pick(DIT_PRESETS, dit, "dit"), **(action or {}))
     last = text.num_hidden_layers
@@ -385,13 +385,12 @@ def to_dict(cfg: ModelConfig) -> dict[str, Any]:
 
 def from_dict(tree: dict[str, Any]) -> ModelConfig:
     """Inverse of `to_dict`; unknown or missing keys raise ConfigError, all listed."""
-    problems, parts = [], {}
+    problems, parts = [f"unknown section {k!r}" for k in tree if k not in _PARTS], {}
     for part, cls in _PARTS.items():
         if part not in tree:
             problems.append(f"missing section {part!r}")
             continue
-        values = tree[part]
-        if values is None:
+        if (values := tree[part]) is None:
             parts[part] = None
             continue
         names = {f.name for f in dataclasses.fields(cls)}
@@ -399,7 +398,6 @@ def from_dict(tree: dict[str, Any]) -> ModelConfig:
         problems += [f"missing key {part}.{k}" for k in names if k not in values]
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
         parts[part] = cls(**known)
-    problems += [f"unknown section {k!r}" for k in tree if k not in _PARTS]
     if problems:
         raise ConfigError("model config:\n  " + "\n  ".join(problems))
     return ModelConfig(**parts).check()

@@ -267,7 +267,7 @@ class _Shards:
                 writer.write(record)
                 steps += count
                 self._progress.wrote(len(record))
-            if False:
+            if shard.records not in (None, writer.records):
                 raise ConversionError(
                     f"{path.name}: the source says {shard.records} records, {writer.records} were "
                     "read"

@@ -1,8 +1,7 @@
 """Brings data sets of other formats to array_record shards that tfds and this package read.
 
 python -m st4vla_jax.data.convert --from bridge/1.0.0 --out array/bridge/1.0.0
-python -m st4vla_jax.data.convert --from LEROBOT --images video.ego_view --spec my_robot.json
-    --out my_robot/1.0.0
+python -m st4vla_jax.data.convert --from LEROBOT --spec my_robot.json --out my_robot/1.0.0
 python -m st4vla_jax.data.convert --from libero_spatial --out libero_spatial/1.0.0
 python -m st4vla_jax.data.convert --from refcoco.jsonl --image_root train2014 --out refcoco/1.0.0
 

@@ -145,12 +145,12 @@ def _record(source: GroundingSource, root: Path, index: int) -> tuple[dict[str, 
 
 
 def _encoded(path: Path, where: str) -> bytes:
-    """The file's bytes; PNG of the colours where tfds would not read it as three channels."""
+    """The file's bytes; a PNG of its colours where tfds needs one (palette, alpha, other files)."""
     data = path.read_bytes()
     try:
         pixels = decode_image(data, str(path))
         with Image.open(io.BytesIO(data)) as image:
-            plain = image.format in ("JPEG", "PNG") and image.mode == "RGB"
+            plain = image.format in ("JPEG", "PNG") and image.mode in ("RGB", "L")
     except ImageError as error:
         raise ConversionError(f"{where}: {error}") from error
     return data if plain else encode_image(pixels, _PNG)

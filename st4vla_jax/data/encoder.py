@@ -29,7 +29,14 @@ from st4vla_jax.data.packing import RobotArrays
 from st4vla_jax.data.prompts import PromptConfig, PromptError, chat_text, robot_turns
 from st4vla_jax.data.source import BadRecordError, Lengths, Region, RobotStep, Sample, Turn
 from st4vla_jax.data.tokenizer import Tokenizer
-from st4vla_jax.data.transforms import Encoded, dino_views, encode, encode_robot, tokenize
+from st4vla_jax.data.transforms import (
+    Encoded,
+    dino_views,
+    encode,
+    encode_robot,
+    sized_views,
+    tokenize,
+)
 
 if TYPE_CHECKING:
     from st4vla_jax.data.augment import Augment
@@ -131,6 +138,7 @@ class SampleEncoder:
             if self.image_config.size is not None:
                 # Once for both towers, as the policy does when it serves.
                 images = [resize(image, *self.image_config.size) for image in images]
+            images = sized_views(images, self.image_config)
             encoded = encode_robot(
                 turns[0].text, images, self.prompt, self.tokenizer,
                 image_config=self.image_config, record=sample.record,

@@ -29,6 +29,8 @@ _WINDOW = 4  # cells a side
 _CELL_PATCHES = _MERGE**2
 _BIN_CELLS = _WINDOW**2  # one bin = one full window = batch.VISION_BIN slots
 _PATCH_BYTES = 3 * _PATCH**2
+# PIL's modes of more than 8 bits: its convert("RGB") cuts them off at 255.
+_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 
 class ImageError(ValueError):
@@ -49,11 +51,30 @@ class ImageConfig:
     max_pixels: int = 12_845_056
 
     def __post_init__(self) -> None:
-        if not 0 < self.min_pixels <= self.max_pixels:
-            raise ImageError(
-                f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels}: need "
-                "0 < min_pixels <= max_pixels"
+        problems = []
+        bounds = self.min_pixels, self.max_pixels
+        if not (_natural(*bounds) and bounds[0] <= bounds[1]):
+            problems.append(
+                f"min_pixels {self.min_pixels!r} and max_pixels {self.max_pixels!r}: need integers "
+                "with 0 < min_pixels <= max_pixels"
             )
+        if self.size is not None:
+            sides = self.size if isinstance(self.size, tuple) else ()
+            if not (len(sides) == 2 and _natural(*sides)):
+                problems.append(
+                    f"size {self.size!r}: need (height, width) in pixels, two integers above 0"
+                )
+            elif max(sides) > MAX_ASPECT_RATIO * min(sides):
+                problems.append(
+                    f"size {self.size}: the ratio of its sides is over {MAX_ASPECT_RATIO}"
+                )
+        if problems:
+            raise ImageError("; ".join(problems))
+
+
+def _natural(*values: object) -> bool:
+    """Whether all are integers above 0 (a bool is none)."""
+    return all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values)
 
 
 def decode_image(
@@ -69,7 +90,8 @@ def decode_image(
       u8[h,w,3] RGB; alpha, gray and palettes are converted by PIL's ``convert("RGB")``.
 
     Raises:
-      ImageError: not an image, truncated, or an array of another shape or dtype.
+      ImageError: not an image, truncated, an array of another shape or dtype, or an image of more
+        than 8 bits a channel that PIL would cut off.
       OSError: the file cannot be read; left as it is, since reading may be tried again.
     """
     if isinstance(source, np.ndarray):
@@ -83,10 +105,15 @@ def decode_image(
         name, source = name or str(source), Path(source).read_bytes()
     try:
         image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
-        return np.array(image.convert("RGB"))
+        if image.mode not in _DEEP_MODES:
+            return np.array(image.convert("RGB"))
     # PIL raises SyntaxError on broken PNG chunks, ValueError and EOFError in other decoders.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
         raise ImageError(f"{name or 'image bytes'}: not a readable image ({e})") from e
+    raise ImageError(
+        f"{name or 'image'}: of mode {image.mode!r}, with more than 8 bits a channel; convert it to "
+        "8 bits, scaled as its data need it"
+    )
 
 
 def smart_resize(height: int, width: int, cfg: ImageConfig, factor: int = _CELL) -> tuple[int, int]:

@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,6 +30,9 @@ from st4vla_jax.data.source import Sample
 from st4vla_jax.data.source_files import SourceError
 from st4vla_jax.data.stats import accumulate
 from st4vla_jax.data.tfds_folder import ALL_SPLITS, TfdsFolder, read_folder
+
+if TYPE_CHECKING:
+    from st4vla_jax.data.lerobot import LeRobotSource
 
 MANY = 10**9  # bad records are reported here, never a reason to stop
 _EPISODES, _STEPS, _RECORDS = 4, 6, 24  # shown on a sheet
@@ -106,22 +110,30 @@ def inspect_lerobot(path: Path, spec_name: str | None, index_dir: Path | None) -
         f"{folder.fps:g} Hz, {len(folder.tasks)} tasks",
         *(f"  {name}: {f.get('dtype')} {f.get('shape')}" for name, f in folder.features.items()),
     ])  # fmt: skip
-    missing = sorted(
-        str(span.path)
-        for episode in folder.episodes
-        for span in episode.videos.values()
-        if not span.path.is_file()
-    )
-    report.findings += [f"missing video {name}" for name in dict.fromkeys(missing)]
+    missing = {
+        feature: sorted(
+            {
+                str(episode.videos[feature].path)
+                for episode in folder.episodes
+                if not episode.videos[feature].path.is_file()
+            }
+        )
+        for feature in folder.videos
+    }
+    report.findings += [f"missing video {path}" for paths in missing.values() for path in paths]
     if spec_name is None:
         report.facts.append("give --spec (a .json, data/robot_spec.py) to see actions and findings")
         return report
     spec = robot_spec(spec_name)
+    views = [view for view, feature in spec.images.items() if not missing.get(feature)]
+    if not views:
+        report.facts.append("no camera of the spec has all its videos: samples cannot be shown")
+        return report
     source = LeRobotSource(
-        path, spec, chunk=1, views=list(spec.images), max_bad_records=MANY, index_dir=index_dir
+        path, spec, chunk=1, views=views, max_bad_records=MANY, index_dir=index_dir
     )
     report.facts.append(f"left out: {_counts(source.left_out)}")
-    _describe_robot(report, source, spec, list(spec.images), measured_hz=folder.fps)
+    _describe_robot(report, source, spec, views, measured_hz=folder.fps)
     return report
 
 
@@ -150,7 +162,7 @@ def _find_spec(folder: TfdsFolder, name: str | None) -> RobotSpec | None:
 
 def _describe_robot(
     report: Report,
-    source: RldsSource,
+    source: RldsSource | LeRobotSource,
     spec: RobotSpec,
     cameras: Sequence[str],
     measured_hz: float | None,

@@ -6,7 +6,8 @@ video and the presentation time of the exact frame.  A sample then decodes one f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from st4vla_jax.data.index_folder import build_once, cache_root, digest, open_ar
 from st4vla_jax.data.lerobot_folder import LeRobotFolder
 from st4vla_jax.data.lerobot_index import Annotations, build_grounding, build_robot
 from st4vla_jax.data.prompts import IMAGE, TEMPLATES, PromptConfig, spatial_prompt
-from st4vla_jax.data.robot_spec import RobotSpec
+from st4vla_jax.data.robot_spec import RobotSpec, StandardEpisode
 from st4vla_jax.data.source import BadRecordError, Lengths, Region, RobotStep, Sample, Turn
 from st4vla_jax.data.source_files import SourceError, check_stamps, file_stamps, kept_lengths
 from st4vla_jax.data.video import VideoReader
@@ -196,6 +197,19 @@ class LeRobotSource(_Frames):
             group=self.groups[0],
             record=self.record_name(row),
         )
+
+    def episodes(self) -> np.ndarray:
+        """i64[n] number of the episode that each sample is from."""
+        return np.searchsorted(self._index["start"], self._index["kept"], "right") - 1
+
+    def standard_episodes(self) -> Iterator[StandardEpisode]:
+        """Standardised episodes, image-free: what statistics are computed over."""
+        starts = self._index["start"].tolist()
+        for first, stop in itertools.pairwise(starts):
+            rows = slice(first, stop)
+            state = None if self._state is None else self._state[rows]
+            steps = self._index["step"][rows].astype(np.int64)
+            yield StandardEpisode(self._index["actions"][rows], state, steps)
 
     def lengths(self, encoder: Any) -> Lengths:
         """Lengths under an encoder, kept beside the index."""

@@ -132,7 +132,7 @@ class Task:
                 return self._result
             name, since = self.name, self.since
             spent = time.monotonic() - since
-            if False:
+            if spent >= policy.limit_s:
                 raise ReadError(
                     f"reading {name} has not returned for {spent:.0f} s; check the disk or the "
                     "mount, then run the same command again"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from st4vla_jax.data.image import ImageConfig, VisionSlots, arrange, prepare
+from st4vla_jax.data.image import ImageConfig, VisionSlots, arrange, prepare, resize
 from st4vla_jax.data.prompts import (
     ASSISTANT_HEADER,
     PromptConfig,
@@ -211,6 +211,11 @@ def encode_robot(
         supervise=False,
         record=record,
     )
+
+
+def sized_views(images: Sequence[np.ndarray], cfg: ImageConfig) -> list[np.ndarray]:
+    """Views at the config's size, which the VLM and DINOv2 then both start from, as upstream."""
+    return [resize(image, *cfg.size) if cfg.size else image for image in images]
 
 
 def dino_views(images: Sequence[np.ndarray], size: int) -> np.ndarray:

@@ -20,13 +20,13 @@ import numpy as np
 from st4vla_jax.batch import Batch
 from st4vla_jax.checkpoint import STATISTICS, Meta, read_meta, read_params
 from st4vla_jax.config import DTypes, Runtime
-from st4vla_jax.data.image import prepare, resize
+from st4vla_jax.data.image import prepare
 from st4vla_jax.data.normalize import EmbodimentStatistics, Statistics
 from st4vla_jax.data.packing import Capacity, RobotArrays, pack
 from st4vla_jax.data.prompts import IMAGE
 from st4vla_jax.data.source import Turn
 from st4vla_jax.data.tokenizer import Tokenizer
-from st4vla_jax.data.transforms import Encoded, dino_views, encode, encode_robot
+from st4vla_jax.data.transforms import Encoded, dino_views, encode, encode_robot, sized_views
 from st4vla_jax.eval.parse import Answer, parse_answer
 from st4vla_jax.models.decode import generate
 from st4vla_jax.models.diffusion import ddim_indices
@@ -281,8 +281,7 @@ class Policy:
 
     def _observation(self, images, instruction, state) -> Batch:
         meta = self.meta
-        if meta.image.size is not None:
-            images = [resize(image, *meta.image.size) for image in images]
+        images = sized_views(images, meta.image)
         encoded = encode_robot(
             instruction, images, meta.prompt, self.tokenizer, image_config=meta.image,
             record="--instruction",

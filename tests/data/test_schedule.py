@@ -23,7 +23,6 @@ from st4vla_jax.data.layout import (
     lay_out,
 )
 from st4vla_jax.data.schedule import Member, Schedule, ScheduleConfig, ScheduleError
-from st4vla_jax.data.shuffle import Lattice, permuted
 from st4vla_jax.data.source import Lengths
 
 
@@ -64,47 +63,6 @@ def check_plan(own, step):
     limits = [getattr(own.capacity, name) for name in DIMENSIONS]
     assert (used <= limits).all()
     return used[:, 0].sum()
-
-
-@given(st.integers(1, 5000), st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
-def test_permuted_is_a_permutation(size, key):
-    found = permuted(np.arange(size), np.full(size, size), np.full(size, key, np.uint64))
-    assert sorted(found) == list(range(size))
-
-
-def test_permuted_depends_on_the_key_and_is_uniform():
-    size, trials = 6, 12_000
-    index = np.tile(np.arange(size), trials)
-    key = np.repeat(np.arange(trials, dtype=np.uint64), size)
-    rows = permuted(index, np.full(len(index), size), key).reshape(trials, size)
-    counts = Counter(map(tuple, rows))
-    assert len(counts) == 720  # every permutation occurs
-    for position in range(size):
-        share = np.bincount(rows[:, position]) / trials
-        assert np.abs(share - 1 / size).max() < 5 * np.sqrt(1 / size / trials)
-
-
-@given(st.integers(1, 400), st.integers(0, 900), st.data())
-@settings(max_examples=80, deadline=None)
-def test_lattice_bound_is_exact(size, length, data):
-    lattice = Lattice(size)
-    assert sorted(lattice(np.arange(7, 7 + size))) == list(range(size))
-    width = data.draw(st.integers(0, size))
-    hits = np.stack([lattice(np.arange(s, s + length)) for s in range(size)])
-    counts = [
-        (((hits - start) % size) < width).sum(axis=1).max(initial=0)
-        for start in data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=4))
-    ]
-    (bound,) = lattice.most(length, np.array([width]))
-    assert max(counts) <= bound <= -(-length // size) * width
-    assert set(counts) == {bound}  # stretches are rotations of one another: all arcs are alike
-
-
-def test_a_lattice_spreads_evenly():
-    for size in (997, 1000, 12_345, 2_000_000):
-        widths = np.linspace(0, size, 33).astype(np.int64)
-        assert (Lattice(size).most(512, widths) - 512 * widths / size).max() < 4
 
 
 sizes_of_places = st.lists(
@@ -221,14 +179,16 @@ def test_every_sample_once_in_each_epoch():
 
 
 def test_epochs_have_other_orders():
-    own = schedule(CONFIG, ("a", (BRIDGE,)), ("talk", (TALK,)))
-    order = {0: [], 1: []}
-    for step in range(170):
-        for d in draws(own.plan(step)):
-            if d.member == 0 and d.epoch < 2:
-                order[d.epoch].append(d.index)
-    same = np.array(order[0][:3000]) == np.array(order[1][:3000])
-    assert same.mean() < 0.01
+    """A window a whole epoch later draws the same classes, but other samples."""
+    lengths, _ = robot_lengths(10 * CONFIG.robot_samples * CONFIG.window, 110)
+    own = schedule(dataclasses.replace(CONFIG, grounding_samples=0), ("a", (lengths,)))
+    for window in (0, 3, 20):
+        one, other = (
+            {d.index for plan in own.window(w) for row in plan for d in row}
+            for w in (window, window + 10)
+        )
+        assert len(one) == len(lengths.tokens) // 10
+        assert len(one & other) < 0.2 * len(one)
 
 
 def test_shares_over_10_000_samples():

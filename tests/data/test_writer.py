@@ -133,10 +133,15 @@ def test_rlds_source_reads_it(tmp_path):
         assert sample.turns[0].text == expected["language_instruction"]
 
 
-def test_same_episodes_give_the_same_bytes(tmp_path):
-    a, b = write(tmp_path / "a"), write(tmp_path / "b")
-    for path in a.iterdir():
-        assert path.read_bytes() == (b / path.name).read_bytes(), path.name
+def test_same_episodes_give_the_same_bytes_in_every_process(tmp_path, pytestconfig):
+    # Protobuf orders maps by addresses, so one process alone shows nothing.
+    write(tmp_path / "here")
+    for name in ("b", "c"):
+        code = f"from tests.data.test_writer import write; write({str(tmp_path / name)!r})"
+        root = pytestconfig.rootpath.parent
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+        for path in (tmp_path / "here").iterdir():
+            assert path.read_bytes() == (tmp_path / name / path.name).read_bytes(), path.name
 
 
 def test_given_flags_are_kept(tmp_path):
@@ -297,7 +302,7 @@ def test_grounding_source_reads_what_was_added(tmp_path):
             for a, b in zip(seen.regions, given.regions, strict=True):
                 assert (a.kind, a.image, a.label) == (b.kind, b.image, b.label)
                 np.testing.assert_array_equal(a.coordinates, b.coordinates)
-    stored = [p for p in (tmp_path / "out/images").rglob("*.jpeg")]
+    stored = (tmp_path / "out/images").rglob("*.jpeg")
     assert [p.read_bytes() for p in stored] == [encoded]
 
 
