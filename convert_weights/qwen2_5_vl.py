@@ -174,8 +174,11 @@ def _config_problems(text: Mapping, vision: Mapping, rope: Mapping) -> list[str]
             )
     if "sliding_attention" in (text.get("layer_types") or ()):
         problems.append("layer_types asks for sliding_attention, supported: full_attention")
-    sizes = {f.name for f in dataclasses.fields(TextConfig) if f.type == "int"} - {"head_dim"}
-    sizes |= {f"vision_config.{f.name}" for f in dataclasses.fields(VisionConfig) if f.type == "int"}
+    sizes = {f.name for f in dataclasses.fields(TextConfig) if f.type == "int"}
+    # These two may be null, which means: as derived from the others.
+    sizes -= {n for n in ("head_dim", "num_key_value_heads") if text.get(n) is None}
+    fields = [f.name for f in dataclasses.fields(VisionConfig) if f.type == "int"]
+    sizes |= {f"vision_config.{name}" for name in fields}
     problems += [
         f"{name} is {named[name]!r}, expected an integer above 0"
         for name in sorted(sizes & named.keys())

@@ -49,6 +49,8 @@ DINO = "dino_encoder.body."
 DIT = "action_model.net."
 HISTORY = ("history_embedder.linear.weight", "history_embedder.linear.bias")
 UPSTREAM_CONFIG = "upstream_config.yaml"  # in meta: the source's config.yaml, to build on
+# What config.yaml of an export calls a DINOv2 or DiT that upstream has no name for.
+CUSTOM_DINO, CUSTOM_DIT = "custom", "DiT-CUSTOM"
 CHECKPOINT_NAME = re.compile(r"steps_(\d+)_(pytorch_)?model\.(pt|safetensors)|pytorch_model\.pt")
 
 
@@ -78,6 +80,29 @@ def check_dtypes(rules: list[Rule], tensors: Mapping[str, LazyTensor], where: st
     if problems:
         text = "\n  ".join(problems)
         raise ConversionError(f"{where}: layers of one stack differ in dtype\n  {text}")
+
+
+_ABSENT: Any = object()
+_COUNT = "an integer above 0"
+# Values of config.yaml that are read, besides those that `_cross_check` compares with the tensors.
+_EXPECTED = {
+    "framework.qwenvl.base_vlm": (str, "text"),
+    "framework.dino.num_heads": (int, _COUNT),
+    "framework.layer_qformer.num_heads": (int, _COUNT),
+    "framework.layer_qformer.qformer_start_layer": (int, "an integer"),
+    "framework.layer_qformer.qformer_end_layer": (int, "an integer"),
+    "framework.action_model.num_heads": (int, _COUNT),
+    "datasets.vla_data.CoT_prompt": (str, "text"),
+    "datasets.vla_data.image_size": (list, "two integers above 0, width and height"),
+}
+# Null where upstream, or an export of ours, writes it for "not given".
+_NULLABLE = {
+    "framework.qwenvl.base_vlm",
+    "framework.dino.num_heads",
+    "framework.layer_qformer.num_heads",
+    "framework.action_model.num_heads",
+    "datasets.vla_data.image_size",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,17 +177,40 @@ def find_run(weights: Path | str) -> RunFolder:
             "pytorch_model.pt"
         )
     path = weights.parents[1] / "config.yaml"
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise ConversionError(
             f"{path}: no such file; a run folder holds config.yaml two levels above its weights"
-        ) from None
+        )
+    config = read_yaml(path)
+    if not isinstance(config.get("framework"), dict):
+        raise ConversionError(f"{path}: no upstream config (no section `framework`)")
+    run = RunFolder(weights, config)
+    if problems := _wrong_types(run):
+        raise ConversionError("\n  ".join([f"{path}: has values of a wrong type", *problems]))
+    return run
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping; raises ConversionError."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConversionError(f"{path}: not readable as YAML ({error})") from None
-    if not isinstance(config, dict) or "framework" not in config:
-        raise ConversionError(f"{path}: no upstream config (no key `framework`)")
-    return RunFolder(weights, config)
+    if not isinstance(config, dict):
+        raise ConversionError(f"{path}: holds no mapping of keys to values")
+    return config
+
+
+def _wrong_types(run: RunFolder) -> list[str]:
+    """Values of config.yaml that cannot be what they are read as."""
+    problems = []
+    for name, (kind, text) in _EXPECTED.items():
+        value = run.value(name, _ABSENT)
+        if value is _ABSENT or (value is None and name in _NULLABLE):
+            continue
+        if type(value) is not kind or (text == _COUNT and value < 1):
+            problems.append(f"{name} is {value!r}, expected {text}")
+    return problems
 
 
 def read_run(run: RunFolder, folder: VlmFolder, heads: Heads = Heads()) -> Policy:
@@ -304,94 +352,8 @@ def _cross_check(cfg: ModelConfig, shape: Mapping[str, tuple], run: RunFolder) -
     problems = [
         f"{name} is {said} in {run.config_file} but {found} in the tensors"
         for name, found in seen.items()
-        if (said := run.value(name)) is not None and found is not None and said != found
+        if (said := run.value(name)) not in (None, CUSTOM_DINO, CUSTOM_DIT)
+        and found not in (None, said)
     ]
     if problems:
         raise ConversionError(f"{run.weights}: does not fit its config\n  " + "\n  ".join(problems))
-
-
-# --- Writing ------------------------------------------------------------------------------------
-
-
-def export_config(
-    cfg: ModelConfig,
-    prompt: str,
-    image_size: tuple[int, int] | None,
-    base_vlm: str | None,
-    source: Mapping[str, Any],
-) -> dict[str, Any]:
-    """config.yaml's contents: what upstream reads to build and run the model.
-
-    ``num_heads`` entries are ours; upstream ignores keys that it does not know.
-
-    Args:
-      cfg: sizes.
-      prompt: template.
-      image_size: (height, width) or None.
-      base_vlm: Hugging Face folder that upstream builds the VLM from; None keeps the source's.
-      source: config.yaml that the policy came with, or empty; keeps what is not said here.
-    """
-    dit, bridge = cfg.dit, cfg.bridge
-    letter = {384: "s", 768: "b", 1024: "l", 1536: "g"}.get(cfg.dino.hidden_size, "s")
-    size = {c.hidden_size: n for n, c in DIT_PRESETS.items()}.get(dit.hidden_size, "custom")
-    said = {
-        "framework": {
-            "dino": {"dino_backbone": f"dinov2_vit{letter}14", "num_heads": cfg.dino.num_heads},
-            "layer_qformer": {
-                "qformer_start_layer": bridge.start_layer,
-                "qformer_end_layer": bridge.end_layer,
-                "num_query_tokens": bridge.num_queries,
-                "input_dim": cfg.text.hidden_size,
-                "ouptput_dim": bridge.hidden_size,
-                "grad_scale": bridge.gradient_scale,
-                "num_heads": bridge.num_heads,
-            },
-            "action_model": {
-                "action_model_type": f"DiT-{size.upper()}",
-                "action_hidden_dim": dit.hidden_size,
-                "action_dim": dit.action_dim,
-                "future_action_window_size": dit.chunk - 1,
-                "past_action_window_size": 0,
-                "num_heads": dit.num_heads,
-            },
-        },
-        "datasets": {"vla_data": {"CoT_prompt": prompt}},
-        "trainer": {"pretrained_checkpoint": None},
-    }
-    if image_size is not None:
-        said["datasets"]["vla_data"]["image_size"] = list(image_size[::-1])  # PIL's order
-    if base_vlm is not None:
-        said["framework"]["qwenvl"] = {"base_vlm": base_vlm}
-    defaults = {
-        "framework": {"name": "InternVLA-M1", "qwenvl": {"base_vlm": None}},
-        "trainer": {"repeated_diffusion_steps": 4},
-    }
-    return _merged(_merged(defaults, source), said)
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    both = {k for k in over if isinstance(over[k], Mapping) and isinstance(base.get(k), Mapping)}
-    return {**base, **over, **{k: _merged(base[k], over[k]) for k in both}}
-
-
-def upstream_passthrough(
-    cfg: ModelConfig, dtypes: Mapping[str, np.dtype], passthrough: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """The tensors of upstream's strict load that are no parameters here, except the tied head.
-
-    What was passed through comes back bit by bit; what a fresh policy never had is zero: both are
-    unused by upstream (spec 1.7, 2.3).
-
-    Args:
-      cfg: sizes.
-      dtypes: {upstream key: dtype} of the parameters.
-      passthrough: of the checkpoint.
-    """
-    width = cfg.dit.hidden_size
-    dit = dtypes[f"{DIT}x_embedder.linear.weight"]
-    made = {
-        DIT + HISTORY[0]: np.zeros((width, cfg.dit.action_dim), dit),
-        DIT + HISTORY[1]: np.zeros((width,), dit),
-        DINO + MASK_TOKEN: np.zeros((1, cfg.dino.hidden_size), dtypes[f"{DINO}cls_token"]),
-    }
-    return {key: passthrough.get(key, array) for key, array in made.items()}

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from convert_weights import qwen2_5_vl, st4vla
+from convert_weights import export, qwen2_5_vl, st4vla
+from convert_weights.cli import command
 from convert_weights.rules import ConversionError, tensors_to_torch
 from convert_weights.safetensors_io import SafetensorsWriter, open_weights
 from convert_weights.torch_io import write_torch
@@ -32,7 +33,6 @@ from st4vla_jax.checkpoint import (
     HF_CONFIG,
     PASSTHROUGH,
     STATISTICS,
-    CheckpointError,
     Meta,
     new_folder,
     param_shapes,
@@ -138,7 +138,7 @@ class Export:
     def _upstream_writer(self) -> SafetensorsWriter:
         stored = self.directory / "meta" / PASSTHROUGH
         passthrough = open_weights(stored) if stored.is_file() else {}
-        extra = st4vla.upstream_passthrough(
+        extra = export.passthrough_tensors(
             self.meta.model,
             {key: dtype for key, (_, dtype) in self.plan.items()},
             {key: tensor.read() for key, tensor in passthrough.items()},
@@ -169,10 +169,9 @@ class Export:
         """Writes the run folder's config, statistics and save log."""
         meta = self.directory / "meta"
         kept = meta / st4vla.UPSTREAM_CONFIG
-        source = yaml.safe_load(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-        config = st4vla.export_config(
-            self.meta.model, self.meta.prompt.template, self.meta.image.size, base_vlm, source
-        )
+        source = st4vla.read_yaml(kept) if kept.is_file() else {}
+        notes = export.behaviour_notes(self.meta)
+        config = export.config_yaml(self.meta, base_vlm, source, notes)
         (self.upstream / "config.yaml").write_text(
             yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=1000), "utf-8"
         )
@@ -189,7 +188,7 @@ class Export:
         if stored.is_file():
             config = qwen2_5_vl.read_json(stored)
         else:
-            ids = _token_ids(meta / "tokenizer" / "tokenizer.json")
+            ids = qwen2_5_vl.added_token_ids(meta / "tokenizer" / "tokenizer.json")
             config = qwen2_5_vl.hf_config(self.meta.model.vision, self.meta.model.text, ids)
         config["dtype" if "dtype" in config else "torch_dtype"] = str(self.plan[EMBEDDING][1])
         (self.hf / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
@@ -221,10 +220,6 @@ def _ordered(plan: dict) -> list[tuple[str, tuple[int, ...], np.dtype]]:
     return [(key, *plan[key]) for key in sorted(plan, key=natural)]
 
 
-def _token_ids(path: Path) -> dict[str, int]:
-    return {t["content"]: t["id"] for t in qwen2_5_vl.read_json(path).get("added_tokens", [])}
-
-
 def convert(args: argparse.Namespace) -> list[str]:
     """Runs the export; returns notes for the user."""
     meta = read_meta(args.checkpoint)
@@ -236,36 +231,38 @@ def convert(args: argparse.Namespace) -> list[str]:
         both = args.format == "both"
         upstream = (work / "upstream" if both else work) if wants_upstream else None
         hf = (work / "hf" if both else work) if wants_hf else None
-        export = Export(args.checkpoint, meta, upstream, hf, args.safetensors)
-        export.weights()
+        writing = Export(args.checkpoint, meta, upstream, hf, args.safetensors)
+        writing.weights()
         if upstream:
             base = args.base_vlm or (str(args.out.absolute() / "hf") if both else None)
-            export.upstream_files(base)
-            notes += _upstream_notes(args, base)
+            writing.upstream_files(base)
+            notes += _upstream_notes(args, meta, base)
         if hf:
-            export.hf_files()
+            writing.hf_files()
         record = {"checkpoint": str(args.checkpoint), "format": args.format, "step": meta.step}
         (work / MARKER).write_text(json.dumps(record) + "\n")
     return notes
 
 
 def _check_upstream(args: argparse.Namespace, meta: Meta) -> None:
-    problems = []
-    if not meta.model.has_action:
-        problems.append("it is a VLM alone, without bridge and DiT; use --format hf")
-    elif meta.model.bridge.state_dim:
-        problems.append(
-            f"its bridge reads proprioception (state_dim {meta.model.bridge.state_dim}); upstream "
-            "has no state encoder and would refuse or ignore those weights; use --format hf"
-        )
+    """Raises ConversionError with every reason why upstream could not run the policy."""
+    problems = export.structural_problems(meta.model)
+    if sizes := [] if args.allow_custom_sizes else export.size_problems(meta.model):
+        problems += sizes + ["--allow-custom-sizes exports it for a changed upstream"]
     if not args.safetensors and importlib.util.find_spec("torch") is None:
         problems.append("writing .pt needs torch; install it or give --safetensors")
     if problems:
-        raise ConversionError(f"{args.checkpoint}: no export to upstream: " + "; ".join(problems))
+        raise ConversionError("\n  ".join([f"{args.checkpoint}: no export to upstream", *problems]))
 
 
-def _upstream_notes(args: argparse.Namespace, base: str | None) -> list[str]:
-    notes = []
+def _upstream_notes(args: argparse.Namespace, meta: Meta, base: str | None) -> list[str]:
+    notes = export.behaviour_notes(meta)
+    if args.allow_custom_sizes:
+        notes += [
+            f"stock upstream cannot run it: {text}" for text in export.size_problems(meta.model)
+        ]
+    if meta.step is None:
+        notes.append("the checkpoint does not say its training step: the files claim step 0")
     if not (args.checkpoint / "meta" / STATISTICS).is_file():
         notes.append(
             "the checkpoint has no normalisation statistics: dataset_statistics.json is {}"
@@ -278,6 +275,7 @@ def _upstream_notes(args: argparse.Namespace, base: str | None) -> list[str]:
     return notes
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Exports and reports; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -288,14 +286,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", required=True, type=Path, help="folder to make")
     add("--format", required=True, choices=("upstream", "hf", "both"))
     add("--safetensors", action="store_true", help="run folder with steps_N_model.safetensors")
+    add("--allow-custom-sizes", action="store_true", help="export sizes that upstream cannot run")
     add("--base-vlm", help="what config.yaml names as the base VLM's folder")
     add("--overwrite", action="store_true", help="replace a folder written by this command")
     args, start = parser.parse_args(argv), time.perf_counter()
-    try:
-        notes = convert(args)
-    except (CheckpointError, ConversionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    notes = convert(args)
     print(f"wrote {args.out} in {time.perf_counter() - start:.1f} s")
     for file in sorted(p for p in args.out.rglob("*") if p.is_file()):
         print(f"  {file.relative_to(args.out)}  {file.stat().st_size:,d} bytes")

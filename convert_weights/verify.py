@@ -21,17 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from convert_weights import qwen2_5_vl, st4vla
+from convert_weights import export, qwen2_5_vl, st4vla
 from convert_weights.cli import command
 from convert_weights.rules import ConversionError, Rule
 from convert_weights.safetensors_io import LazyTensor, Tensors, lazy, open_weights
-from st4vla_jax.checkpoint import (
-    META,
-    PASSTHROUGH,
-    param_shapes,
-    read_leaf,
-    read_meta,
-)
+from st4vla_jax.checkpoint import META, PASSTHROUGH, param_shapes, read_leaf, read_meta
 
 HEAD = st4vla.VLM + qwen2_5_vl.HEAD
 EMBEDDING = st4vla.VLM + qwen2_5_vl.EMBEDDING
@@ -97,7 +91,7 @@ def _checkpoint_tensors(path: Path) -> Tensors:
     if cfg.has_action:
         dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
         arrays = {key: tensor.read() for key, tensor in kept.items()}
-        extra = st4vla.upstream_passthrough(cfg, dtypes, arrays)
+        extra = export.passthrough_tensors(cfg, dtypes, arrays)
         kept = {key: lazy(array) for key, array in extra.items()}
     return tensors | kept
 

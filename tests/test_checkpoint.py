@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 
 import jax
 import ml_dtypes
@@ -126,6 +127,66 @@ def test_failure_leaves_nothing_and_keeps_the_old(written):
     assert_leaves(dict(ckpt.iter_params(written)))
 
 
+def test_output_named_by_a_link(written, tmp_path):
+    link, gone = tmp_path / "lnk", tmp_path / "gone"
+    link.symlink_to(written)
+    gone.symlink_to(tmp_path / "new")
+    for out in (link, gone):
+        ckpt.write_checkpoint(out, [("x/y", np.ones(2))], META, {}, overwrite=True)
+        assert out.is_symlink() and set(ckpt.param_shapes(out)) == {"x/y"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt", "gone", "lnk", "new", "t.json"]
+    with pytest.raises(CheckpointError, match=r"t\.json/c: .*t\.json is a file"):
+        ckpt.check_target(tmp_path / "t.json" / "c", ckpt.META)
+
+
+def damage(written):
+    """Cuts the file that holds the arrays' data."""
+    data = max(written.glob("params/**/d/*"), key=lambda p: p.stat().st_size)
+    data.write_bytes(data.read_bytes()[:20])
+
+
+def test_damaged_parameters_are_named(written):
+    damage(written)
+    assert set(ckpt.param_shapes(written)) == set(LEAVES)
+    with pytest.raises(CheckpointError, match="ckpt/params: cannot read vlm/visual/a/kernel"):
+        ckpt.read_leaf(written, "vlm/visual/a/kernel")
+    with pytest.raises(CheckpointError, match="ckpt/params: cannot read (vlm|dit)/.*damaged"):
+        ckpt.read_params(written)
+    with pytest.raises(CheckpointError, match="cannot read not/there"):
+        ckpt.read_leaf(written, "not/there")
+
+
+def test_damaged_tree(written):
+    tree = written / "params" / "_METADATA"
+    content = tree.read_bytes()
+    for bad in (content[: len(content) // 2], b"\xff\xfe", b"[]"):
+        tree.write_bytes(bad)
+        for read in (ckpt.param_shapes, ckpt.read_params, lambda c: ckpt.read_leaf(c, "dit/c")):
+            with pytest.raises(CheckpointError, match="ckpt/params: cannot read (_META|dit/c)"):
+                read(written)
+    tree.write_bytes(content)
+    (written / "params" / "manifest.ocdbt").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match="ckpt/params: cannot read (vlm|dit)/"):
+        ckpt.param_shapes(written)
+
+
+def git(folder, *args):
+    identity = ("-c", "user.name=x", "-c", "user.email=x@y")
+    command = ["git", "-C", str(folder), *identity, *args]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_git_revision_is_of_this_packages_checkout(tmp_path, monkeypatch):
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "x")
+    own = tmp_path / "st4vla_jax" / "checkpoint.py"
+    installed = tmp_path / "venv" / "site-packages" / "st4vla_jax" / "checkpoint.py"
+    for file, revision in ((own, git(tmp_path, "rev-parse", "HEAD")), (installed, None)):
+        file.parent.mkdir(parents=True)
+        monkeypatch.setattr(ckpt, "__file__", str(file))
+        assert ckpt.git_revision() == revision
+
+
 @pytest.mark.parametrize("name", ["meta/meta.json", "params/_METADATA"])
 def test_incomplete_folder(written, name):
     (written / name).unlink()
@@ -147,6 +208,15 @@ def test_meta_of_another_version(written):
         ckpt.read_meta(written)
     for part in ("unknown key colour", "missing key step", "missing key prompt.system"):
         assert part in str(error.value)
+    for changed, message in (
+        ({"image": {**values["image"], "size": [0, -3]}}, "size .0, -3.: need"),
+        ({"image": {**values["image"], "min_pixels": "1"}}, "min_pixels '1'"),
+        ({"model": 5}, "meta.json: "),
+        ({"format_version": "1"}, "format_version '1' is no number"),
+    ):
+        path.write_text(json.dumps(values | changed))
+        with pytest.raises(CheckpointError, match=message):
+            ckpt.read_meta(written)
     path.write_text("{")
     with pytest.raises(CheckpointError, match="meta.json: not readable"):
         ckpt.read_meta(written)

@@ -21,7 +21,6 @@ from st4vla_jax.data.image import (
     ImageError,
     num_cells,
     num_slots,
-    resize,
     smart_resize,
 )
 from st4vla_jax.data.normalize import ActionSpec, Statistics, StatisticsError
@@ -57,7 +56,8 @@ class SampleEncoder:
     Attributes:
       tokenizer: Qwen's or the byte-level one.
       prompt: of robot samples; ``prompts.TEMPLATES["none"]`` turns the spatial prompt off.
-      image_config: sizes that views are brought to.
+      image_config: sizes that views are brought to; its fixed ``size`` is for robots' views only:
+        grounding images keep their aspect ratio, as upstream's do.
       dino_size: pixels a side of the views for DINOv2.
       statistics: by embodiment; needed for robot samples only.
       embodiments: action spec (units, gripper, normalisation mode) by embodiment; its order numbers
@@ -135,9 +135,6 @@ class SampleEncoder:
         try:
             if sample.robot is None:
                 return self._conversation(images, turns, sample), None
-            if self.image_config.size is not None:
-                # Once for both towers, as the policy does when it serves.
-                images = [resize(image, *self.image_config.size) for image in images]
             images = sized_views(images, self.image_config)
             encoded = encode_robot(
                 turns[0].text, images, self.prompt, self.tokenizer,
@@ -153,13 +150,13 @@ class SampleEncoder:
         self, images: Sequence[np.ndarray], turns: Sequence[Turn], sample: Sample
     ) -> Encoded:
         old = [image.shape[:2] for image in images]
-        sizes = [(hw, self.prepared_size(*hw)) for hw in old]
+        sizes = [(hw, prepared_size(*hw, self.conversation_images)) for hw in old]
         return encode(
             render_turns(turns, sizes, sample.record),
             images,
             self.tokenizer,
             system=self.prompt.system,
-            image_config=self.image_config,
+            image_config=self.conversation_images,
             add_generation_prompt=False,
             supervise=True,
             group=self.groups.index(sample.group),
@@ -211,9 +208,10 @@ class SampleEncoder:
             action_mask=np.zeros((self.chunk, self.action_dim), bool),
         )
 
-    def prepared_size(self, height: int, width: int) -> Size:
-        """Size of an image after `image.prepare`; raises ImageError as that does."""
-        return smart_resize(*(self.image_config.size or (height, width)), self.image_config)
+    @property
+    def conversation_images(self) -> ImageConfig:
+        """Sizes that grounding images are brought to."""
+        return dataclasses.replace(self.image_config, size=None)
 
     def robot_lengths(
         self, instructions: Sequence[str], text_id: np.ndarray, image_sizes: np.ndarray
@@ -229,7 +227,9 @@ class SampleEncoder:
           Exact lengths; `UNUSABLE` tokens where the instruction, or every view, is unusable.
         """
         sizes, size_id = np.unique(np.asarray(image_sizes, np.int32), axis=0, return_inverse=True)
-        cells, slots, views = _columns([self._images(map(tuple, row)) for row in sizes], 3)
+        cells, slots, views = _columns(
+            [_images(map(tuple, row), self.image_config) for row in sizes], 3
+        )
         used = np.unique(text_id)
         text = np.full(len(instructions), UNUSABLE, np.int64)
         text[used] = [self._instruction_tokens(instructions[i]) for i in used]
@@ -258,14 +258,6 @@ class SampleEncoder:
             return UNUSABLE
         return len(self.tokenizer.encode(text)) - 3  # vision_start, image_pad, vision_end
 
-    def _images(self, sizes: Iterable[Size]) -> tuple[int, int, int]:
-        """Cells, slots and number of the images with these original sizes; -1 of unusable ones."""
-        present = tuple((int(h), int(w)) for h, w in sizes if h or w)
-        try:
-            return _image_lengths(tuple(self.prepared_size(*size) for size in present))
-        except ImageError:
-            return 0, 0, -1
-
     def conversation_lengths(
         self, turns: Iterable[Sequence[Turn]], image_sizes: Iterable[Sequence[Size]]
     ) -> Lengths:
@@ -289,10 +281,10 @@ class SampleEncoder:
     def _conversation_length(
         self, turns: Sequence[Turn], sizes: list[Size]
     ) -> tuple[int, int, int]:
-        cells, slots, count = self._images(sizes)
+        cells, slots, count = _images(sizes, self.conversation_images)
         if count != len(sizes):
             return UNUSABLE, 0, 0
-        resized = [self.prepared_size(*hw) for hw in sizes]
+        resized = [prepared_size(*hw, self.conversation_images) for hw in sizes]
         try:
             if self.augment is None:
                 rendered = render_turns(turns, list(zip(sizes, resized, strict=True)))
@@ -332,6 +324,20 @@ class SampleEncoder:
             "shapes": [self.dino_size, self.chunk, self.action_dim, self.state_dim],
         }
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def prepared_size(height: int, width: int, cfg: ImageConfig) -> Size:
+    """Size of an image after `image.prepare`; raises ImageError as that does."""
+    return smart_resize(*(cfg.size or (height, width)), cfg)
+
+
+def _images(sizes: Iterable[Size], cfg: ImageConfig) -> tuple[int, int, int]:
+    """Cells, slots and number of the images with these original sizes; -1 of unusable ones."""
+    present = tuple((int(h), int(w)) for h, w in sizes if h or w)
+    try:
+        return _image_lengths(tuple(prepared_size(*size, cfg) for size in present))
+    except ImageError:
+        return 0, 0, -1
 
 
 @functools.lru_cache(maxsize=65_536)

@@ -111,8 +111,8 @@ def decode_image(
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
         raise ImageError(f"{name or 'image bytes'}: not a readable image ({e})") from e
     raise ImageError(
-        f"{name or 'image'}: of mode {image.mode!r}, with more than 8 bits a channel; convert it to "
-        "8 bits, scaled as its data need it"
+        f"{name or 'image'}: mode {image.mode!r} has more than 8 bits a channel; convert it to 8 "
+        "bits, scaled as its data need it"
     )
 
 

@@ -104,13 +104,13 @@ def table(found: Preview, pipeline: Pipeline) -> list[str]:
     config, capacity = pipeline.schedule.config, pipeline.schedule.capacity
     lines = [
         f"{'data set':28}{'kind':10}{'samples':>10}{'dropped':>8}{'declared':>9}{'share':>8}"
-        f"{'draws':>9}{'epochs':>8}{'duplicates':>11}"
+        f"{'draws':>10}{'epochs':>10}{'duplicates':>12}"
     ]
     for s in found.sets:
         duplicates = "-" if s.duplicates is None else f"{s.duplicates:.3%}"
         lines.append(
             f"{s.name[:27]:28}{s.kind:10}{s.samples:>10}{s.dropped:>8}{s.weight:>9.4f}"
-            f"{s.share:>8.4f}{s.draws:>9}{s.epochs:>8.3f}{duplicates:>11}"
+            f"{s.share:>8.4f}{s.draws:>10}{s.epochs:>10.3f}{duplicates:>12}"
         )
     return [
         *lines,

@@ -20,7 +20,7 @@ import numpy as np
 from st4vla_jax.batch import Batch
 from st4vla_jax.checkpoint import STATISTICS, Meta, read_meta, read_params
 from st4vla_jax.config import DTypes, Runtime
-from st4vla_jax.data.image import prepare
+from st4vla_jax.data.image import ImageConfig, prepare
 from st4vla_jax.data.normalize import EmbodimentStatistics, Statistics
 from st4vla_jax.data.packing import Capacity, RobotArrays, pack
 from st4vla_jax.data.prompts import IMAGE
@@ -199,9 +199,11 @@ class Policy:
         """
         start = time.perf_counter()
         text = prompt if IMAGE in prompt else IMAGE * len(images) + prompt
+        # The fixed size is for robots' views: grounding was trained on whole images.
+        image_config = dataclasses.replace(self.meta.image, size=None)
         encoded = encode(
             [Turn("user", text)], images, self.tokenizer, system=self.meta.prompt.system,
-            image_config=self.meta.image, add_generation_prompt=True, supervise=False,
+            image_config=image_config, add_generation_prompt=True, supervise=False,
             record="--prompt",
         )  # fmt: skip
         batch = self._pack([(encoded, None)])
@@ -226,7 +228,7 @@ class Policy:
             "generate": time.perf_counter() - started,
         }
         text = self.tokenizer.decode(out.tokens[0, : out.lengths[0]].tolist()).strip()
-        return ChatResult(text, parse_answer(text), self._scales(images), timings)
+        return ChatResult(text, parse_answer(text), _scales(images, image_config), timings)
 
     def _compile(self, name: Any, fn: Any, batch: Batch, extra: Any) -> tuple[Any, float]:
         """Compiled ``fn(params, batch, extra)`` for these shapes, and the seconds that it took."""
@@ -302,6 +304,8 @@ class Policy:
             capacity = dataclasses.replace(capacity, sample_tokens=capacity.tokens)
         return pack([row], capacity, pad_id=self.tokenizer.pad)
 
-    def _scales(self, images: Sequence[np.ndarray]) -> tuple[tuple[float, float], ...]:
-        sizes = [(image.shape, prepare(image, self.meta.image).shape) for image in images]
-        return tuple((old[1] / new[1], old[0] / new[0]) for old, new in sizes)
+
+def _scales(images: Sequence[np.ndarray], cfg: ImageConfig) -> tuple[tuple[float, float], ...]:
+    """(x, y) factors from each resized image to its original pixels."""
+    sizes = [(image.shape, prepare(image, cfg).shape) for image in images]
+    return tuple((old[1] / new[1], old[0] / new[0]) for old, new in sizes)

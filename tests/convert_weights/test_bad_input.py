@@ -1,7 +1,9 @@
 """Bad sources: the message names the file and the key, and nothing is left half-written."""
 
 import dataclasses
+import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,11 +11,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from convert_weights import to_jax, to_torch, verify
+from convert_weights import export, to_jax, to_torch, tokenizer, verify
 from convert_weights.st4vla import policy_rules
 from st4vla_jax.checkpoint import Meta, write_checkpoint
 from st4vla_jax.config import model_config
 from st4vla_jax.data.image import ImageConfig
+from st4vla_jax.data.normalize import ActionSpec
 from st4vla_jax.data.prompts import PromptConfig
 from tests.reference import checkpoints as tiny
 
@@ -135,6 +138,54 @@ def test_tokenizer(hf, from_vlm):
     assert "tokenizer.json" in (message := from_vlm()) and "convert_weights.tokenizer" in message
 
 
+def test_tokenizer_of_another_model(hf, from_vlm, from_run, tmp_path):
+    """Its ids have no row in the embedding, and would be clamped without a word."""
+    for folder, message in ((hf, from_vlm), (tmp_path / "base", from_run)):
+        edit_json(folder / "tokenizer.json", lambda t: t["added_tokens"][-1].update(id=400))
+        assert (
+            f"{folder}/tokenizer.json: its largest token id is 400, but vocab_size is 320 in "
+            f"{folder}/config.json"
+        ) in message()
+
+
+def test_choices_of_config_json_that_are_not_computed(hf, from_vlm):
+    def change(config):
+        config["text_config"] |= {"use_sliding_window": True, "hidden_act": "gelu"}
+        config["text_config"]["rope_parameters"]["rope_type"] = "yarn"
+        config["text_config"]["num_attention_heads"] = "4"
+        config["vision_config"]["hidden_act"] = "quick_gelu"
+
+    edit_json(hf / "config.json", change)
+    message = from_vlm()
+    for part in (
+        f"{hf}/config.json: cannot be used",
+        "use_sliding_window is True, supported: False",
+        "hidden_act is 'gelu', supported: 'silu'",
+        "vision_config.hidden_act is 'quick_gelu'",
+        "rope_type 'yarn'",
+        "num_attention_heads is '4', expected an integer above 0",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (("--vlm", "hf", "--dit", "b", "--chunk", "3"), "--dit .*; --chunk goes with --dino"),
+        (("--vlm", "hf", "--seed", "0", "--dino-heads", "3"), "--dino-heads goes .*--seed goes"),
+        (("--vlm", "hf", "--dino", "f", "--qformer-heads", "3"), "--qformer-heads goes with --st4"),
+        (("--vlm", "hf", "--base-vlm", "b"), "--base-vlm goes with --st4vla"),
+        (("--st4vla", "f", "--dino", "d"), "--dino goes with --vlm"),
+        (("--st4vla", "f", "--action-dim", "8"), "--action-dim goes with --dino"),
+        (("--st4vla", "f", "--dit-heads", "-2"), "-2 is not at least 1"),
+    ],
+)
+def test_options_that_would_be_ignored(capsys, source, message):
+    with pytest.raises(SystemExit):
+        to_jax.main(["--out", "out", *source])
+    assert re.search(message, capsys.readouterr().err)
+
+
 def test_dino_file(tmp_path, from_vlm):
     path = tmp_path / "dino.pth"
     hub = tiny.hub_dino()
@@ -162,6 +213,26 @@ def test_output_that_is_there(capsys, tmp_path, hf):
     assert "already there" in refused(capsys, tmp_path, *export, tmp_path / "torch")
     message = refused(capsys, tmp_path, *export, hf, "--overwrite")
     assert "does not replace it" in message, "a folder that is not ours must survive"
+
+
+def test_output_in_a_place_that_cannot_be(capsys, tmp_path, hf):
+    """Permissions and files in the way are the user's to mend: no traceback."""
+    (tmp_path / "a.png").touch()
+    assert to_jax.main(["--out", str(tmp_path / "jax"), "--vlm", str(hf)]) == 0
+    checkpoint = ("--checkpoint", tmp_path / "jax", "--format", "hf")
+    for main, args in (
+        (to_jax.main, ("--vlm", hf)),
+        (to_torch.main, checkpoint),
+        (tokenizer.main, ("--from", hf)),
+    ):
+        message = refused(capsys, tmp_path, main, *args, "--out", tmp_path / "a.png" / "ck")
+        assert f"error: {tmp_path}/a.png/ck: {tmp_path}/a.png is a file" in message
+        message = refused(capsys, tmp_path, main, *args, "--out", "/proc/nope/ck")
+        assert message.startswith("error: ") and "/proc/nope" in message
+    (hf / "config.json").unlink()
+    (hf / "model.safetensors").unlink()
+    (hf / "model.safetensors").mkdir()
+    assert "error: " in refused(capsys, tmp_path, verify.main, hf, hf)
 
 
 @pytest.fixture
@@ -198,6 +269,28 @@ def test_config_yaml_and_shapes_disagree(tmp_path, from_run):
     assert "layers 3 to 4" in (message := from_run(layers)) and "2 Q-Former layers" in message
 
 
+def test_config_yaml_with_values_of_another_type(tmp_path, from_run):
+    def change(state, config):
+        part = config["framework"]
+        part["layer_qformer"] |= {"qformer_start_layer": None, "qformer_end_layer": "5"}
+        part["action_model"]["num_heads"] = "4"
+        part["dino"]["num_heads"] = 0
+        part["qwenvl"]["base_vlm"] = 5
+        config["datasets"]["vla_data"]["CoT_prompt"] = None
+
+    message = from_run(change)
+    for part in (
+        f"{tmp_path}/run/config.yaml: has values of a wrong type",
+        "layer_qformer.qformer_start_layer is None, expected an integer",
+        "layer_qformer.qformer_end_layer is '5', expected an integer",
+        "action_model.num_heads is '4', expected an integer above 0",
+        "dino.num_heads is 0, expected an integer above 0",
+        "qwenvl.base_vlm is 5, expected text",
+        "vla_data.CoT_prompt is None, expected text",
+    ):
+        assert part in message
+
+
 def test_run_with_bad_keys(from_run):
     def change(state, config):
         state["action_model.net.surprise"] = torch.zeros(1)
@@ -221,9 +314,11 @@ def test_run_without_its_surroundings(capsys, tmp_path, from_run):
     assert "'/no/such/model'" in (message := from_run(elsewhere)) and "--base-vlm" in message
 
     def size(state, config):
-        config["datasets"]["vla_data"]["image_size"] = 224
+        config["datasets"]["vla_data"]["image_size"] = value
 
-    assert "datasets.vla_data.image_size is 224, expected two integers" in from_run(size)
+    for value in (224, [0, -3], [224], ["224", 224]):
+        message = from_run(size)
+        assert f"datasets.vla_data.image_size is {value}, expected two integers above 0" in message
 
     def no_slot(state, config):
         config["datasets"]["vla_data"]["CoT_prompt"] = "Do it."
@@ -261,7 +356,7 @@ def test_failure_while_writing(monkeypatch, capsys, tmp_path, hf):
 def write_zeros(out, cfg, drop=None):
     leaves = [(r.jax, np.zeros(r.jax_shape, np.float32)) for r in policy_rules(cfg)]
     leaves = [leaf for leaf in leaves if leaf[0] != drop]
-    write_checkpoint(out, leaves, Meta(cfg, PromptConfig(), ImageConfig()), {})
+    write_checkpoint(out, leaves, Meta(cfg, PromptConfig(), ImageConfig(), ActionSpec()), {})
 
 
 def test_export_that_upstream_could_not_load(capsys, tmp_path):
@@ -272,15 +367,77 @@ def test_export_that_upstream_could_not_load(capsys, tmp_path):
         args = ("--checkpoint", tmp_path / name, "--out", tmp_path / "out", "--format", "both")
         message = refused(capsys, tmp_path, to_torch.main, *args)
         assert part in message and "--format hf" in message
+    for part in (
+        "16 queries; upstream's DiT takes 64",
+        "a DiT of width 64, depth 2 and 4 heads; upstream has S (width 384",
+        "a DINOv2 of width 64, depth 2 and 4 heads for images of 56 pixels; upstream has S (wi",
+        "--allow-custom-sizes",
+    ):
+        assert part in size_message(capsys, tmp_path)
+
+
+def size_message(capsys, tmp_path):
+    args = ("--checkpoint", tmp_path / "state", "--out", tmp_path / "out", "--format", "upstream")
+    return refused(capsys, tmp_path, to_torch.main, *args)
+
+
+def test_sizes_that_upstream_computes():
+    """Every preset but DINOv2 g; heads, which no shape tells, make a difference."""
+    for dino, dit in itertools.product("sblg", "sbl"):
+        cfg = model_config("3b", dino, dit)
+        assert bool(export.size_problems(cfg)) == (dino == "g"), (dino, dit)
+    assert "channels says 1408" in export.size_problems(cfg)[0]
+    cfg = model_config("3b", "s", "b", action={"chunk": 8, "action_dim": 8})
+    assert export.size_problems(cfg) == []
+    assert (export.dino_name(cfg.dino), export.dit_name(cfg.dit)) == ("dinov2_vits14", "DiT-B")
+    for part, fields, message in (
+        ("dino", {"num_heads": 12}, "DINOv2 of width 384, depth 12 and 12 heads"),
+        ("dino", {"image_size": 448}, "for images of 448 pixels"),
+        ("bridge", {"num_heads": 12}, "Q-Former of 12 heads; upstream's has 8"),
+        ("bridge", {"mlp_ratio": 2}, "mlp_ratio 2"),
+        ("dit", {"num_heads": 8}, "DiT of width 768, depth 12 and 8 heads"),
+        ("dit", {"depth": 13}, "depth 13"),
+    ):
+        odd = dataclasses.replace(getattr(cfg, part), **fields)
+        (problem,) = export.size_problems(dataclasses.replace(cfg, **{part: odd}))
+        assert message in problem
+
+
+def test_export_says_what_upstream_does_otherwise(capsys, tmp_path):
+    cfg = model_config("tiny", "tiny", "tiny")
+    write_zeros(tmp_path / "c", cfg)
+    meta = json.loads((path := tmp_path / "c" / "meta" / "meta.json").read_text())
+    meta["action"]["mode"] = "min_max"
+    path.write_text(json.dumps(meta))
+    args = ["--checkpoint", tmp_path / "c", "--out", tmp_path / "out", "--format", "upstream"]
+    assert to_torch.main([*map(str, args), "--safetensors", "--allow-custom-sizes"]) == 0
+    printed = capsys.readouterr().out
+    kept = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["st4vla_jax"]["notes"]
+    for note, text in zip(kept, ("normalised by min_max", "lower-cases"), strict=True):
+        assert text in note and f"note: {note}" in printed
+    assert "note: stock upstream cannot run it: 16 queries" in printed
+    assert "note: the checkpoint does not say its training step" in printed
 
 
 def test_checkpoint_that_does_not_fit_its_meta(capsys, tmp_path):
     write_zeros(tmp_path / "c", model_config("tiny", "tiny", "tiny"), "bridge/query_tokens")
     args = ("--checkpoint", tmp_path / "c", "--out", tmp_path / "out", "--format", "upstream")
-    message = refused(capsys, tmp_path, to_torch.main, *args)
+    message = refused(capsys, tmp_path, to_torch.main, *args, "--allow-custom-sizes")
     assert "missing: bridge/query_tokens" in message
     args = ("--checkpoint", tmp_path / "nothing", "--out", tmp_path / "out", "--format", "hf")
     assert "no complete checkpoint" in refused(capsys, tmp_path, to_torch.main, *args)
+
+
+def test_difference_beside_equal_nans():
+    a, b = np.float32([[np.nan, np.inf, 1.0, 2.0]] * 2)
+    assert verify.difference(a, b, 0, 0) == verify.Difference(0.0, 0.0, True)
+    a[2] = 1.5
+    assert verify.difference(a, b, 0, 0) == verify.Difference(0.5, 0.25, False)
+    assert verify.difference(a, b, 0.5, 0) == verify.Difference(0.5, 0.25, True)
+    for value, other in ((np.nan, 1.0), (1.0, np.nan), (1.0, np.inf), (np.inf, -np.inf)):
+        a[3], b[3] = value, other
+        found = verify.difference(a, b, 1, 1)
+        assert (found.absolute, found.within) == (np.inf, False)
 
 
 def test_verify_names_keys_and_shapes(capsys, tmp_path, hf):

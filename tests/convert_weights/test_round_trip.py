@@ -9,7 +9,8 @@ import yaml
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from convert_weights import to_jax, to_torch, verify
-from st4vla_jax.checkpoint import param_shapes, read_meta, read_params
+from st4vla_jax.checkpoint import nested, param_shapes, read_meta, read_params
+from st4vla_jax.data.prompts import TEMPLATES, PromptConfig
 from tests.reference import checkpoints as tiny
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -21,6 +22,8 @@ def run(main, *args):
 
 def exported(tmp_path, *source, fmt="upstream", flags=()):
     run(to_jax.main, "--out", tmp_path / "jax", *source)
+    if fmt != "hf":
+        flags = ("--allow-custom-sizes", *flags)
     run(to_torch.main, "--checkpoint", tmp_path / "jax", "--out", tmp_path / "torch",
         "--format", fmt, *flags)  # fmt: skip
     return tmp_path / "torch"
@@ -97,10 +100,11 @@ class Tree(torch.nn.Module):
     ],
     ids=["pt", "old-keys", "safetensors", "final-model"],
 )
-def test_upstream_run_folder(tmp_path, kind, flags):
+def test_upstream_run_folder(tmp_path, kind, flags, capsys):
     weights, state = tiny.run_folder(tmp_path, **kind)
     out = exported(tmp_path, "--st4vla", weights, flags=flags)
     step = 0 if "final" in str(weights) else 70
+    assert ("the files claim step 0" in capsys.readouterr().out) == (step == 0)
     if flags:
         back = tiny.disk_state(out / "checkpoints")
         assert (out / "checkpoints" / f"steps_{step}_model.safetensors").exists()
@@ -119,6 +123,8 @@ def test_upstream_run_folder(tmp_path, kind, flags):
     assert config["framework"]["qwenvl"] == source["framework"]["qwenvl"]
     assert config["framework"]["layer_qformer"] == source["framework"]["layer_qformer"]
     assert config["datasets"] == source["datasets"]
+    assert config["framework"]["dino"]["dino_backbone"] == "custom", "width 24 is no hub model"
+    assert config["st4vla_jax"] == {"notes": []}
     # What was exported is a source again.
     again = next((out / "checkpoints").iterdir())
     run(to_jax.main, "--out", tmp_path / "again", "--st4vla", again)
@@ -141,6 +147,12 @@ def test_meta_of_a_run(tmp_path):
     assert meta.image.size == (196, 224) and meta.step == 70 and meta.action is not None
     assert meta.action.gripper == (6,)
     assert list(meta.source) == [str(weights)] and len(meta.source[str(weights)]) == 64
+
+
+def test_prompt_of_ones_own_keeps_the_runs_lower_case(tmp_path):
+    weights, _ = tiny.run_folder(tmp_path)
+    run(to_jax.main, "--out", tmp_path / "jax", "--st4vla", weights, "--prompt", "paper")
+    assert read_meta(tmp_path / "jax").prompt == PromptConfig(TEMPLATES["paper"], lower_case=True)
 
 
 @pytest.mark.parity
@@ -169,7 +181,6 @@ def test_dinov2_sources(tmp_path, kind, swiglu, monkeypatch):
 
 def zero_parts(cfg, names, seed):
     """Stands for the fresh parts where their values do not matter: compiling them takes long."""
-    from convert_weights.rules import nested
     from convert_weights.st4vla import policy_rules
 
     return nested(

@@ -125,7 +125,7 @@ def test_an_existing_output_is_kept_unless_told(tmp_path, capsys):
     assert not (out / "mark").exists()
     (out / "tokenizer.json").unlink()
     assert main([*arguments, "--overwrite"]) == 1
-    assert "not a tokenizer folder" in capsys.readouterr().err
+    assert "holds no tokenizer.json, so --overwrite does not" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 

@@ -42,6 +42,36 @@ def test_decode_image_converts_modes_as_pil(mode):
     np.testing.assert_array_equal(decoded, np.asarray(image.convert("RGB")))
 
 
+@pytest.mark.parametrize(("mode", "kind"), [("I;16", "PNG"), ("I", "TIFF"), ("F", "TIFF")])
+def test_decode_image_refuses_what_would_be_cut_off_at_255(tmp_path, mode, kind):
+    """PIL's convert("RGB") makes 255 of every value above it, a depth map all white."""
+    path = tmp_path / "depth"
+    dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    Image.fromarray(np.full((4, 6), 1000, dtype)).save(path, kind)
+    assert Image.open(path).mode == mode
+    for source in (path, path.read_bytes(), Image.open(path)):
+        with pytest.raises(ImageError, match=f"mode '{mode}' has more than 8 bits.*convert it"):
+            image_lib.decode_image(source)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": (0, -3)}, r"size \(0, -3\): need \(height, width\)"),
+        ({"size": (224,)}, "size"),
+        ({"size": (224.0, 224.0)}, "size"),
+        ({"size": (1, 201)}, "ratio of its sides is over 200"),
+        ({"min_pixels": 0}, "min_pixels 0"),
+        ({"min_pixels": 10, "max_pixels": 9}, "0 < min_pixels <= max_pixels"),
+        ({"max_pixels": "9999"}, "max_pixels '9999'"),
+        ({"min_pixels": -1, "size": (0, 1)}, "min_pixels -1.*; size"),
+    ],
+)
+def test_image_config_checks_its_values(fields, message):
+    with pytest.raises(ImageError, match=message):
+        ImageConfig(**fields)
+
+
 def test_decode_image_ignores_exif_orientation():
     buffer = io.BytesIO()
     exif = Image.Exif()
