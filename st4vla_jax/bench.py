@@ -11,11 +11,12 @@ python -m st4vla_jax.bench data [--batch 64] [--steps 40] [--tf-python PYTHON] [
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +74,20 @@ def make_inputs(cfg: ModelConfig, batch: int, rng: np.random.Generator) -> VlmIn
     )
 
 
-def seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Median wall time of ``run`` after one warm-up; ``run`` must wait for its result."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
+def seconds(runs: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+    """Median wall time of each of ``runs``, which must wait for their results.
+
+    They take turns after one warm-up each, so that whatever else the machine does meets all alike.
+    """
+    for run in runs:
         run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats):
+        for run, own in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            own.append(time.perf_counter() - start)
+    return [statistics.median(own) for own in times]
 
 
 class JaxForward:
@@ -89,7 +95,8 @@ class JaxForward:
 
     def __init__(self, cfg: ModelConfig, inputs: VlmInputs):
         self.inputs = jax.device_put(inputs)
-        self.model = QwenVL(cfg, FLOAT32)
+        # torch keeps its activations: no rematerialisation here either.
+        self.model = QwenVL(cfg, dataclasses.replace(FLOAT32, remat="none"))
         init = jax.jit(lambda key: unbox(self.model.init(key, inputs)["params"]))
         self.params = init(jax.random.key(0))
 
@@ -163,7 +170,7 @@ def forward(batch: int, repeats: int) -> dict[str, Any]:
         "max_abs_difference": difference,
     }
     for name in ("forward", "forward_backward"):
-        times = [seconds(getattr(m, name), repeats) for m in (ours, theirs)]
+        times = seconds([getattr(model, name) for model in (ours, theirs)], repeats)
         result[name] = {"jax_s": times[0], "torch_s": times[1], "ratio": times[1] / times[0]}
     return result
 
