@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from st4vla_jax.checkpoint import nested as nested  # what `leaves_from_torch` yields, as a tree
 from st4vla_jax.config import BridgeConfig, DinoConfig, DitConfig, TextConfig, VisionConfig
 
 Sizes = Mapping[str, int]

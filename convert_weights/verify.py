@@ -118,7 +118,7 @@ def difference(a: np.ndarray, b: np.ndarray, atol: float, rtol: float) -> Differ
         error = np.where(equal, 0, np.where(finite, np.abs(a - b), np.inf))
     largest = float(error.max())
     scale = float(np.abs(b, where=np.isfinite(b), out=np.zeros_like(b)).max())
-    within = bool(np.all(error[finite] <= (atol + rtol * np.abs(b))[finite]))
+    within = bool(np.all(error[finite] <= atol + rtol * np.abs(b[finite])))
     within = within and bool(np.all(equal | finite))
     return Difference(largest, largest / scale if scale else float("inf"), within)
 

@@ -306,10 +306,12 @@ def param_shapes(directory: Path | str) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def read_leaf(directory: Path | str, path: str) -> np.ndarray:
-    """Reads one parameter."""
+    """Reads one parameter; raises CheckpointError if it is absent or damaged."""
     value = _restore(directory, nested([(path, ocp.RestoreArgs(np.ndarray))]), path)
     for name in path.split("/"):
         value = value[name]
+    if not isinstance(value, np.ndarray):  # Orbax gives back the placeholder of an absent one
+        raise CheckpointError(f"{directory}: has no parameter named {path}")
     return value
 
 

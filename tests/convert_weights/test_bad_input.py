@@ -1,23 +1,14 @@
 """Bad sources: the message names the file and the key, and nothing is left half-written."""
 
-import dataclasses
-import itertools
 import json
 import re
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from convert_weights import export, to_jax, to_torch, tokenizer, verify
-from convert_weights.st4vla import policy_rules
-from st4vla_jax.checkpoint import Meta, write_checkpoint
-from st4vla_jax.config import model_config
-from st4vla_jax.data.image import ImageConfig
-from st4vla_jax.data.normalize import ActionSpec
-from st4vla_jax.data.prompts import PromptConfig
+from convert_weights import to_jax, to_torch, tokenizer, verify
 from tests.reference import checkpoints as tiny
 
 
@@ -351,93 +342,6 @@ def test_failure_while_writing(monkeypatch, capsys, tmp_path, hf):
     monkeypatch.setattr(to_jax, "leaves", broken)
     args = (to_jax.main, "--out", tmp_path / "out", "--vlm", hf)
     assert "in the middle" in refused(capsys, tmp_path, *args)
-
-
-def write_zeros(out, cfg, drop=None):
-    leaves = [(r.jax, np.zeros(r.jax_shape, np.float32)) for r in policy_rules(cfg)]
-    leaves = [leaf for leaf in leaves if leaf[0] != drop]
-    write_checkpoint(out, leaves, Meta(cfg, PromptConfig(), ImageConfig(), ActionSpec()), {})
-
-
-def test_export_that_upstream_could_not_load(capsys, tmp_path):
-    cfg = model_config("tiny", "tiny", "tiny", bridge={"state_dim": 8})
-    write_zeros(tmp_path / "state", cfg)
-    write_zeros(tmp_path / "vlm", dataclasses.replace(cfg, dino=None, bridge=None, dit=None))
-    for name, part in (("state", "state_dim 8"), ("vlm", "a VLM alone")):
-        args = ("--checkpoint", tmp_path / name, "--out", tmp_path / "out", "--format", "both")
-        message = refused(capsys, tmp_path, to_torch.main, *args)
-        assert part in message and "--format hf" in message
-    for part in (
-        "16 queries; upstream's DiT takes 64",
-        "a DiT of width 64, depth 2 and 4 heads; upstream has S (width 384",
-        "a DINOv2 of width 64, depth 2 and 4 heads for images of 56 pixels; upstream has S (wi",
-        "--allow-custom-sizes",
-    ):
-        assert part in size_message(capsys, tmp_path)
-
-
-def size_message(capsys, tmp_path):
-    args = ("--checkpoint", tmp_path / "state", "--out", tmp_path / "out", "--format", "upstream")
-    return refused(capsys, tmp_path, to_torch.main, *args)
-
-
-def test_sizes_that_upstream_computes():
-    """Every preset but DINOv2 g; heads, which no shape tells, make a difference."""
-    for dino, dit in itertools.product("sblg", "sbl"):
-        cfg = model_config("3b", dino, dit)
-        assert bool(export.size_problems(cfg)) == (dino == "g"), (dino, dit)
-    assert "channels says 1408" in export.size_problems(cfg)[0]
-    cfg = model_config("3b", "s", "b", action={"chunk": 8, "action_dim": 8})
-    assert export.size_problems(cfg) == []
-    assert (export.dino_name(cfg.dino), export.dit_name(cfg.dit)) == ("dinov2_vits14", "DiT-B")
-    for part, fields, message in (
-        ("dino", {"num_heads": 12}, "DINOv2 of width 384, depth 12 and 12 heads"),
-        ("dino", {"image_size": 448}, "for images of 448 pixels"),
-        ("bridge", {"num_heads": 12}, "Q-Former of 12 heads; upstream's has 8"),
-        ("bridge", {"mlp_ratio": 2}, "mlp_ratio 2"),
-        ("dit", {"num_heads": 8}, "DiT of width 768, depth 12 and 8 heads"),
-        ("dit", {"depth": 13}, "depth 13"),
-    ):
-        odd = dataclasses.replace(getattr(cfg, part), **fields)
-        (problem,) = export.size_problems(dataclasses.replace(cfg, **{part: odd}))
-        assert message in problem
-
-
-def test_export_says_what_upstream_does_otherwise(capsys, tmp_path):
-    cfg = model_config("tiny", "tiny", "tiny")
-    write_zeros(tmp_path / "c", cfg)
-    meta = json.loads((path := tmp_path / "c" / "meta" / "meta.json").read_text())
-    meta["action"]["mode"] = "min_max"
-    path.write_text(json.dumps(meta))
-    args = ["--checkpoint", tmp_path / "c", "--out", tmp_path / "out", "--format", "upstream"]
-    assert to_torch.main([*map(str, args), "--safetensors", "--allow-custom-sizes"]) == 0
-    printed = capsys.readouterr().out
-    kept = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["st4vla_jax"]["notes"]
-    for note, text in zip(kept, ("normalised by min_max", "lower-cases"), strict=True):
-        assert text in note and f"note: {note}" in printed
-    assert "note: stock upstream cannot run it: 16 queries" in printed
-    assert "note: the checkpoint does not say its training step" in printed
-
-
-def test_checkpoint_that_does_not_fit_its_meta(capsys, tmp_path):
-    write_zeros(tmp_path / "c", model_config("tiny", "tiny", "tiny"), "bridge/query_tokens")
-    args = ("--checkpoint", tmp_path / "c", "--out", tmp_path / "out", "--format", "upstream")
-    message = refused(capsys, tmp_path, to_torch.main, *args, "--allow-custom-sizes")
-    assert "missing: bridge/query_tokens" in message
-    args = ("--checkpoint", tmp_path / "nothing", "--out", tmp_path / "out", "--format", "hf")
-    assert "no complete checkpoint" in refused(capsys, tmp_path, to_torch.main, *args)
-
-
-def test_difference_beside_equal_nans():
-    a, b = np.float32([[np.nan, np.inf, 1.0, 2.0]] * 2)
-    assert verify.difference(a, b, 0, 0) == verify.Difference(0.0, 0.0, True)
-    a[2] = 1.5
-    assert verify.difference(a, b, 0, 0) == verify.Difference(0.5, 0.25, False)
-    assert verify.difference(a, b, 0.5, 0) == verify.Difference(0.5, 0.25, True)
-    for value, other in ((np.nan, 1.0), (1.0, np.nan), (1.0, np.inf), (np.inf, -np.inf)):
-        a[3], b[3] = value, other
-        found = verify.difference(a, b, 1, 1)
-        assert (found.absolute, found.within) == (np.inf, False)
 
 
 def test_verify_names_keys_and_shapes(capsys, tmp_path, hf):

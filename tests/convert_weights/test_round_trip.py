@@ -261,3 +261,15 @@ def test_verify_by_layers(tmp_path, capsys):
     assert key in bad[0] and "hidden state 3" in bad[1] and len(bad) == 3
     assert f"3 differences; first: {key}: max abs error" in out
     assert verify.main([str(tmp_path / "jax"), str(weights), "--rtol", "0.5"]) == 0
+
+
+def test_difference_beside_equal_nans():
+    a, b = np.float32([[np.nan, np.inf, 1.0, 2.0]] * 2)
+    assert verify.difference(a, b, 0, 0) == verify.Difference(0.0, 0.0, True)
+    a[2] = 1.5
+    assert verify.difference(a, b, 0, 0) == verify.Difference(0.5, 0.25, False)
+    assert verify.difference(a, b, 0.5, 0) == verify.Difference(0.5, 0.25, True)
+    for value, other in ((np.nan, 1.0), (1.0, np.nan), (1.0, np.inf), (np.inf, -np.inf)):
+        a[3], b[3] = value, other
+        found = verify.difference(a, b, 1, 1)
+        assert (found.absolute, found.within) == (np.inf, False)

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert_weights.rules import bridge_rules, dino_rules, dit_rules, leaves_from_torch, nested
+from convert_weights.rules import bridge_rules, dino_rules, dit_rules, leaves_from_torch
+from st4vla_jax.checkpoint import nested
 from st4vla_jax.config import DINO_PRESETS, FLOAT32, BridgeConfig, DitConfig
 from st4vla_jax.models.bridge import Bridge, dropout, scale_gradient
 from st4vla_jax.models.dinov2 import DinoV2

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from convert_weights.rules import leaves_from_torch, nested, text_rules
+from convert_weights.rules import leaves_from_torch, text_rules
+from st4vla_jax.checkpoint import nested
 from st4vla_jax.config import FLOAT32, ModelConfig, TextConfig, VisionConfig
 from st4vla_jax.models.decode import generate, sample
 from st4vla_jax.models.kv_cache import append_segments, init_cache

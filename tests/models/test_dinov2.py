@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert_weights.rules import dino_rules, leaves_from_torch, nested
+from convert_weights.rules import dino_rules, leaves_from_torch
+from st4vla_jax.checkpoint import nested
 from st4vla_jax.config import DINO_PRESETS, FLOAT32, DinoConfig
 from st4vla_jax.models.dinov2 import DinoV2, normalize_pixels, resize_positions
 from st4vla_jax.sharding import is_axes, unbox

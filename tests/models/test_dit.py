@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert_weights.rules import dit_rules, leaves_from_torch, nested
+from convert_weights.rules import dit_rules, leaves_from_torch
+from st4vla_jax.checkpoint import nested
 from st4vla_jax.config import DIT_PRESETS, FLOAT32, DitConfig
 from st4vla_jax.models.diffusion import ddim_sample, guided
 from st4vla_jax.models.dit import DiT

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert_weights.rules import leaves_from_torch, nested, vision_rules
+from convert_weights.rules import leaves_from_torch, vision_rules
 from st4vla_jax.batch import VISION_BIN
+from st4vla_jax.checkpoint import nested
 from st4vla_jax.config import FLOAT32, Runtime, VisionConfig, model_config
 from st4vla_jax.data import image as image_lib
 from st4vla_jax.models import qwen_vision

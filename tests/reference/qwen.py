@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from convert_weights.rules import leaves_from_torch, nested, text_rules, vision_rules
+from convert_weights.rules import leaves_from_torch, text_rules, vision_rules
 from st4vla_jax.batch import VlmInputs
+from st4vla_jax.checkpoint import nested
 from st4vla_jax.config import ModelConfig, TextConfig, VisionConfig
 from st4vla_jax.data.image import IMAGE_MEAN, IMAGE_STD, arrange
 
