@@ -104,7 +104,7 @@ def test_guidance_combines_both_predictions_in_one_call():
 def test_guidance_of_one_never_evaluates_the_unconditional():
     got = guided(lambda x, t, c: x + c.sum(), jnp.ones((2, 3)), None, 1.0)(jnp.zeros((4, 5)), 0)
     np.testing.assert_array_equal(got, 6)
-    with pytest.raises(ValueError, match="below 1"):
+    with pytest.raises(ValueError, match="at least 1"):
         guided(None, None, None, 0.5)
 
 
