@@ -321,3 +321,32 @@ def test_meshes_equal_one_device(sizes, one_device):
     rows, widest = (8 // 4 if sizes[2] > 1 else 0), model.cfg.text.intermediate_size
     limit = rows * max(batch.vlm.tokens.shape[1], batch.vlm.patches.shape[1]) * widest
     assert not [size for size in found if size % ODD == 0 and size > limit]
+
+
+def test_decay_over_several_layers_on_eight_devices():
+    mesh, runs = make_mesh(2, 2, 2), {}
+    base = tiny_policy(start_layer=1, end_layer=4)
+    boxed = jax.eval_shape(base.init, jax.random.key(0))
+    params = jax.device_put(random_params(base), param_shardings(boxed, mesh, base.rt.rules))
+    batch = tiny_batch(base.cfg, rows=8)
+    draws, denominators = draw(base, batch), Denominators.of(batch, REPEATS)
+    rows = jax.NamedSharding(mesh, base.rt.rules.spec(("batch",)))
+    batch, draws = jax.device_put((batch, draws), rows)
+    for scale in (0.5, 1.0):
+        model = scaled(base, scale)
+
+        def loss(params, probe, model=model):
+            return model.loss(params, batch, draws, denominators, ACTION_ONLY, probe)[0]
+
+        with jax.set_mesh(mesh):
+            runs[scale] = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, 0.0)
+    (half, half_probe), (full, full_probe) = runs[0.5], runs[1.0]
+    names = leaf_names(full["vlm"])
+    for name, h, f in zip(names, *map(jax.tree.leaves, (half["vlm"], full["vlm"])), strict=True):
+        # The final norm comes after the last hidden state that is read here.
+        assert np.abs(f).max() > 0 or name == "language_model/norm/scale", name
+        assert (np.asarray(h) == 0.5 * np.asarray(f)).all(), name
+    for part in ("dino", "bridge", "dit"):
+        jax.tree.map(np.testing.assert_array_equal, half[part], full[part])
+    # Each layer is read once, so what arrives there does not depend on the decay.
+    assert 0 < half_probe == full_probe
