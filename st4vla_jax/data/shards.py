@@ -139,7 +139,8 @@ class ShardReader:
         """
         failure: OSError | None = None
         for delay in (0.0, *self._delays):
-            time.sleep(delay)
+            if delay:  # even sleep(0) would hand the interpreter to another thread
+                time.sleep(delay)
             try:
                 found = self._handle(shard).read(record, offset, ranges)
             except OSError as error:
