@@ -21,14 +21,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from st4vla_jax.data.index_folder import digest
+from st4vla_jax.data.index_folder import digest, sync
 from st4vla_jax.data.source_files import file_stamps
 from st4vla_jax.data.tfds_write import (
     ShardWriter,
     WrittenShard,
     file_hash,
     shard_name,
-    sync,
     write_description,
     write_json,
 )

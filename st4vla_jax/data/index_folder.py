@@ -89,7 +89,7 @@ def build_once(folder: Path, build: Callable[[Path], Mapping[str, Any]]) -> dict
                 try:
                     _seal(work, build(work))
                     work.rename(folder)
-                    _sync(folder.parent)
+                    sync(folder.parent)
                 finally:
                     shutil.rmtree(work, ignore_errors=True)
                 manifest = read_manifest(folder)
@@ -171,14 +171,15 @@ def _seal(work: Path, content: Mapping[str, Any]) -> None:
     """Writes the manifest last, everything down on disk."""
     files = sorted(path for path in work.iterdir())
     for path in files:
-        _sync(path)
+        sync(path)
     manifest = {**content, "files": {path.name: path.stat().st_size for path in files}}
     target = work / MANIFEST
     target.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    _sync(target)
+    sync(target)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

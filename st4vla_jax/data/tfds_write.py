@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +20,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
+from st4vla_jax.data.index_folder import sync
 from st4vla_jax.data.shards import first_line, open_array_record
 from st4vla_jax.data.tfds_folder import Column
 from st4vla_jax.data.tfrecord import ShardError, masked_crc32c
@@ -378,12 +378,3 @@ def write_json(path: Path, content: Any) -> None:
         part.rename(path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from st4vla_jax.data.image import decode_image
+from st4vla_jax.data.index_folder import sync
 from st4vla_jax.data.llava import ROLES, check_turns, record_turns
 from st4vla_jax.data.source import Region, Turn
 from st4vla_jax.data.tfds_folder import Column
@@ -31,7 +32,6 @@ from st4vla_jax.data.tfds_write import (
     encode_image,
     episode_features,
     shard_name,
-    sync,
     write_description,
 )
 
