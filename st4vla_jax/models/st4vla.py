@@ -165,6 +165,7 @@ class ST4VLA:
         denominators: Denominators,
         weights: LossWeights = LossWeights(),
         probe: Array | float = 0.0,
+        text_probe: Array | float = 0.0,
     ) -> tuple[Array, Losses]:
         """Weighted sum of both losses, and their parts.
 
@@ -175,6 +176,8 @@ class ST4VLA:
           denominators: of the whole update (`Denominators.of`).
           weights: factors of the two losses.
           probe: zero; its gradient is the bridge gradient's sum of squares before the decay.
+          text_probe: zero; its gradient is that of the next-token loss's gradient into the
+            hidden states.
         """
         dropout_keys = None if draws is None else draws.dropout_keys
         hidden, condition = self.encode(params, batch, probe, dropout_keys)
@@ -185,7 +188,8 @@ class ST4VLA:
             action = jnp.sum(action_error) * repeats / denominators.action
         text, text_nll = jnp.zeros(()), None
         if batch.vlm.targets.shape[1]:
-            text_nll = self._text_nll(params, batch.vlm, hidden)
+            predicting = scale_gradient(hidden, 1.0, jnp.asarray(text_probe, jnp.float32))
+            text_nll = self.text_nll(params, batch.vlm, predicting)
             text = jnp.sum(text_nll * batch.vlm.target_weight) / denominators.text
         total = weights.action * action + weights.text * text
         return total, Losses(action, text, action_error, text_nll)
@@ -232,6 +236,41 @@ class ST4VLA:
           f32[B,K,C,A] normalised actions, not clipped.
         """
         _, condition = self.encode(params, batch)
+        return self.denoise(params, condition, noise[None], cfg_scale, num_steps)[0]
+
+    def sample_chunks(
+        self,
+        params: Params,
+        batch: Batch,
+        noise: Array,
+        cfg_scale: float = 1.5,
+        num_steps: int = 10,
+    ) -> Array:
+        """As `sample_actions` for S noises f32[S,B,K,C,A], encoding the batch once.
+
+        Returns:
+          f32[S,B,K,C,A] normalised actions, not clipped.
+        """
+        _, condition = self.encode(params, batch)
+        return self.denoise(params, condition, noise, cfg_scale, num_steps)
+
+    def denoise(
+        self,
+        params: Params,
+        condition: Array,
+        noise: Array,
+        cfg_scale: float = 1.5,
+        num_steps: int = 10,
+    ) -> Array:
+        """DDIM from S noises f32[S,B,K,C,A], one after another: memory does not grow with S.
+
+        Args:
+          params: the plain parameter dict.
+          condition: [B,K,Q,D'] from `encode`.
+          noise: f32[S,B,K,C,A].
+          cfg_scale: guidance scale; 1 samples without guidance.
+          num_steps: DDIM steps (static).
+        """
         dit = functools.partial(self.dit.apply, {"params": params["dit"]})
         eps_fn = diffusion.guided(
             functools.partial(dit, method="denoise"),
@@ -239,7 +278,16 @@ class ST4VLA:
             dit(dit(method="unconditional"), method="embed_condition"),
             cfg_scale,
         )
-        return diffusion.ddim_sample(eps_fn, noise, num_steps, self.cfg.dit.diffusion_steps)
+        steps = self.cfg.dit.diffusion_steps
+        return jax.lax.map(lambda x: diffusion.ddim_sample(eps_fn, x, num_steps, steps), noise)
+
+    def text_nll(self, params: Params, vlm: VlmInputs, hidden: Array) -> Array:
+        """Negative log-likelihood f32[B,M] of every target; ``hidden`` [B,T,D] from `encode`."""
+        table = self.vlm.apply({"params": params["vlm"]}, method=QwenVL.head_table)
+        rows = gather_rows(hidden, vlm.target_index)
+        return next_token_nll(
+            rows, table, vlm.targets, tile=self.rt.vocab_tile, rules=self.rt.rules
+        )
 
     def _bridge_tap(self, params, action: ActionInputs, probe, dropout_keys) -> Tap:
         cfg, bridge = self.cfg.bridge, self.bridge.bind({"params": params["bridge"]})
@@ -274,13 +322,6 @@ class ST4VLA:
         counted = action.action_mask & action.valid[..., None, None]
         error = masked_squared_error(predicted, draws.noise, counted[:, :, None])
         return jnp.sum(error, axis=(2, 3, 4)) / repeats
-
-    def _text_nll(self, params, vlm: VlmInputs, hidden):
-        table = self.vlm.apply({"params": params["vlm"]}, method=QwenVL.head_table)
-        rows = gather_rows(hidden, vlm.target_index)
-        return next_token_nll(
-            rows, table, vlm.targets, tile=self.rt.vocab_tile, rules=self.rt.rules
-        )
 
     def _init_vlm(self, key: Array) -> Params:
         return self.vlm.init(key, example_vlm_inputs(self.cfg))["params"]
