@@ -1,4 +1,4 @@
-"""Checkpoints on disk: the one place that touches Orbax.
+"""Checkpoints on disk: written whole, read in parts (those of a run: train_checkpoints.py).
 
 ::
 
@@ -44,13 +44,13 @@ STATISTICS = "dataset_statistics.json"
 PASSTHROUGH = "passthrough.safetensors"
 HF_CONFIG = "hf_config.json"
 _PARAMS = "params"
-_TREE = "_METADATA"  # the file that makes a folder an Orbax tree
+TREE = "_METADATA"  # the file that makes a folder an Orbax tree
 # A parameter in the messages of TensorStore: the key of its metadata or of one of its chunks.
 _NAMED = re.compile(r'"([^"/]+)/(?:zarr\.json|c/)')
 _GROUP_BYTES = 256 << 20  # parameters written in one go: each go costs 60 ms and two files
 # Stored in pieces of this size: a 1.6 GB parameter in one piece took twice the memory (6.1 GiB
 # against 3.2) and three times as long (measured on 2 cores).
-_CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 64 << 20
 _CONCURRENT_GB = 4  # read at a time, beside what is already in its place
 
 
@@ -213,8 +213,7 @@ def write_checkpoint(
             else:
                 shutil.copyfile(content, target)
         (work / "meta").mkdir(exist_ok=True)
-        text = json.dumps(meta.to_json(), indent=2)
-        (work / META).write_text(text + "\n", encoding="utf-8")
+        (work / META).write_text(json.dumps(meta.to_json(), indent=2) + "\n", encoding="utf-8")
 
 
 def _write_leaves(folder: Path, leaves: Iterable[tuple[str, np.ndarray]]) -> None:
@@ -226,7 +225,7 @@ def _write_leaves(folder: Path, leaves: Iterable[tuple[str, np.ndarray]]) -> Non
     """
     session = folder.with_name(f"{folder.name}.session")
     context = ocp_v1.Context()
-    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     group: dict[str, np.ndarray] = {}
     size = 0
     with context, concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -245,7 +244,7 @@ def _write_leaves(folder: Path, leaves: Iterable[tuple[str, np.ndarray]]) -> Non
         if group:
             save(nested(group.items()))
         ocp_v1.partial.finalize(session)
-    (item,) = [child for child in session.iterdir() if (child / _TREE).is_file()]
+    (item,) = [child for child in session.iterdir() if (child / TREE).is_file()]
     item.rename(folder)
     shutil.rmtree(session)
 
@@ -272,7 +271,7 @@ def read_meta(directory: Path | str) -> Meta:
       CheckpointError: no checkpoint there, an incomplete one, or one of a newer format.
     """
     directory = Path(directory)
-    missing = [n for n in (META, f"{_PARAMS}/{_TREE}") if not (directory / n).is_file()]
+    missing = [n for n in (META, f"{_PARAMS}/{TREE}") if not (directory / n).is_file()]
     if missing:
         raise CheckpointError(f"{directory}: no complete checkpoint, lacks {', '.join(missing)}")
     try:
@@ -295,8 +294,12 @@ def read_meta(directory: Path | str) -> Meta:
 
 def param_shapes(directory: Path | str) -> dict[str, jax.ShapeDtypeStruct]:
     """{path: shape and dtype} of the parameters, without reading them."""
-    folder = _params_folder(directory)
-    with _reading(folder, _TREE):
+    return tree_shapes(_params_folder(directory))
+
+
+def tree_shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """{path: shape and dtype} of the arrays of an Orbax tree."""
+    with _reading(folder, TREE):
         tree = ocp.PyTreeCheckpointHandler().metadata(folder).tree
     flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
     return {
@@ -307,7 +310,8 @@ def param_shapes(directory: Path | str) -> dict[str, jax.ShapeDtypeStruct]:
 
 def read_leaf(directory: Path | str, path: str) -> np.ndarray:
     """Reads one parameter; raises CheckpointError if it is absent or damaged."""
-    value = _restore(directory, nested([(path, ocp.RestoreArgs(np.ndarray))]), path)
+    args = nested([(path, ocp.RestoreArgs(np.ndarray))])
+    value = restore_tree(_params_folder(directory), args, path)
     for name in path.split("/"):
         value = value[name]
     if not isinstance(value, np.ndarray):  # Orbax gives back the placeholder of an absent one
@@ -356,14 +360,13 @@ def read_params(
             tree,
             shardings,
         )
-    return _restore(directory, tree, ", ".join(sorted(wanted)))
+    return restore_tree(_params_folder(directory), tree, ", ".join(sorted(wanted)))
 
 
-def _restore(directory: Path | str, restore_args: dict[str, Any], what: str) -> dict[str, Any]:
-    """Reads the leaves that ``restore_args`` names; ``what`` are they, for messages."""
+def restore_tree(folder: Path, restore_args: dict[str, Any], what: str) -> dict[str, Any]:
+    """Reads the leaves of an Orbax tree that ``restore_args`` names, ``what`` for messages."""
     item = jax.tree.map(lambda _: 0, restore_args)
     args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-    folder = _params_folder(directory)
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_CONCURRENT_GB)
     with _reading(folder, what):
         return handler.restore(folder, args=args)
@@ -391,6 +394,6 @@ def _reading(folder: Path, what: str) -> Iterator[None]:
 
 def _params_folder(directory: Path | str) -> Path:
     folder = Path(directory).absolute() / _PARAMS
-    if not (folder / _TREE).is_file():
-        raise CheckpointError(f"{directory}: no complete checkpoint, lacks {_PARAMS}/{_TREE}")
+    if not (folder / TREE).is_file():
+        raise CheckpointError(f"{directory}: no complete checkpoint, lacks {_PARAMS}/{TREE}")
     return folder
