@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from st4vla_jax.data import primitives, robot_spec
+from st4vla_jax.data.holdout import other_part
 from st4vla_jax.data.index import BadRecord, StepIndex
 from st4vla_jax.data.index_folder import (
     ArrayWriter,
@@ -143,12 +144,13 @@ class Filters:
       empty_language: leave out steps without an instruction.
       pause: leave out steps that move no more than this along each of ``pause_dims`` while the
         gripper stays as it was (InternVLA-M1: 5e-4 m of x, y and z); None keeps them.
-      pause_dims: action dimensions of the movement.
+      pause_dims: action dimensions of the movement; None: x, y and z where these come first, else
+        all but the gripper.
     """
 
     empty_language: bool = True
     pause: float | None = None
-    pause_dims: tuple[int, ...] = (0, 1, 2)
+    pause_dims: tuple[int, ...] | None = None
 
 
 class Selection:
@@ -161,34 +163,13 @@ class Selection:
         self.kept = open_array(folder / "kept.npy")
 
 
-def held_out_episodes(content: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Which episodes are held out, by a hash of what they are.
-
-    It does not depend on other episodes, on a split's name or on an order: copies of an episode,
-    in another split or re-encoded, fall on the same side.  The number is near ``share``, not exact.
-
-    Args:
-      content: u64[E] content hashes.
-      share: of episodes to hold out, 0..1.
-      seed: another one holds out others.
-
-    Returns:
-      bool[E].
-    """
-    keys = [
-        hashlib.blake2b(f"{seed}:{value}".encode(), digest_size=8).digest()
-        for value in content.tolist()
-    ]
-    return np.frombuffer(b"".join(keys), "<u8") < np.float64(share) * 2.0**64
-
-
 def open_selection(
     index: StepIndex,
     table: EpisodeTable,
     images: Sequence[str],
     filters: Filters,
-    holdout: tuple[float, int] | None,
-    held_out: bool,
+    holdout: float,
+    part: str,
 ) -> Selection:
     """Opens the kept steps, choosing them first if need be.
 
@@ -197,17 +178,17 @@ def open_selection(
       table: actions of the same data.
       images: column paths of the views that a sample has.
       filters: steps to leave out.
-      holdout: (share, seed) of `held_out_episodes`, or None.
-      held_out: keep those episodes and not the others.
+      holdout: share of the episodes to hold out, see `holdout.is_held_out`.
+      part: "train" or "held_out".
 
     Raises:
       SourceError: nothing is kept.
     """
-    key = digest(list(images), dataclasses.asdict(filters), holdout, held_out)
+    key = digest(list(images), dataclasses.asdict(filters), holdout, part)
     target = table.folder.with_name(f"{table.folder.name}-kept-{key[:16]}")
 
     def build(work: Path) -> dict[str, Any]:
-        reasons = _reasons(index, table, images, filters, holdout, held_out)
+        reasons = _reasons(index, table, images, filters, holdout, part)
         return _choose(work, index, table, np.arange(len(table.steps)), reasons, {})
 
     build_once(target, build)
@@ -238,34 +219,50 @@ def _reasons(
     table: EpisodeTable,
     images: Sequence[str],
     filters: Filters,
-    holdout: tuple[float, int] | None,
-    held_out: bool,
+    holdout: float,
+    part: str,
 ) -> dict[str, np.ndarray]:
     """bool[N'] of the steps to leave out, by reason; the first that holds counts."""
     reasons = {}
     rows = table.index_rows(index)
-    if holdout is not None:
-        content = index.episodes["content"][table.episodes["episode"]]
-        other = held_out_episodes(content, *holdout) != held_out
-        name = "training episode" if held_out else "held-out episode"
-        reasons[name] = np.repeat(other, table.episodes["steps"])
+    content = index.episodes["content"][table.episodes["episode"]]
+    for name, holds in other_part(content, holdout, part).items():
+        reasons[f"{name} episode"] = np.repeat(holds, table.episodes["steps"])
     for path in images:
         reasons[f"no readable image in {path}"] = index.images(path)["height"][rows] == 0
     if filters.empty_language:
         empty = np.array([not text for text in index.instructions], bool)
         reasons["empty language"] = empty[index.language[rows]]
     if filters.pause is not None:
-        reasons["pause"] = _pauses(table, filters)
+        reasons["pause"] = pauses(table.actions, table.starts, table.spec, filters)
     return reasons
 
 
-def _pauses(table: EpisodeTable, filters: Filters) -> np.ndarray:
-    still = (np.abs(table.actions[:, list(filters.pause_dims)]) <= filters.pause).all(axis=1)
-    gripper = table.actions[:, list(table.spec.gripper)]
-    same = np.ones(len(still), bool)
-    same[1:] = (gripper[1:] == gripper[:-1]).all(axis=1)
-    same[table.starts] = True
-    return still & same
+def pauses(
+    actions: np.ndarray, starts: np.ndarray, spec: RobotSpec, filters: Filters
+) -> np.ndarray:
+    """Steps that move nothing.
+
+    Args:
+      actions: f32[N,A] of all episodes.
+      starts: i64[E] first row of each.
+      spec: which dimensions are absolute, and which are grippers.
+      filters: how far is nothing.
+
+    Returns:
+      bool[N].
+    """
+    dims = filters.pause_dims
+    if dims is None:
+        moving = tuple(i for i in range(len(spec.names)) if i not in spec.gripper)
+        dims = moving[:3] if spec.names[:3] == ("x", "y", "z") else moving
+    change = np.diff(actions, axis=0, prepend=actions[:1])
+    change[starts] = 0
+    # An absolute dimension rests where it was; nothing says whether its first value moves it.
+    move = np.where(np.isin(np.arange(len(spec.names)), spec.absolute), change, actions)
+    move[starts[:, None], [i for i in dims if i in spec.absolute]] = np.inf
+    still = (np.abs(move[:, list(dims)]) <= filters.pause).all(axis=1)
+    return still & (change[:, list(spec.gripper)] == 0).all(axis=1)
 
 
 def _choose(

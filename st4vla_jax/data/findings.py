@@ -120,7 +120,7 @@ def duplicate_findings(episodes: Iterable[tuple[str, int]]) -> list[str]:
             repeated[name] += where.count(name) - 1
     found = [
         f"{count} episodes are in each of {' and '.join(names)}: held out by split name they would "
-        "be trained on; use holdout=(share, seed)"
+        "be trained on; hold out by content (holdout)"
         for names, count in sorted(shared.items())
     ]
     found += [

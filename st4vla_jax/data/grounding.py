@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from st4vla_jax.data.holdout import check_part, open_part, other_part
 from st4vla_jax.data.image import ImageError, decode_image
 from st4vla_jax.data.index_folder import (
     build_once,
@@ -42,7 +43,7 @@ from st4vla_jax.data.source_files import (
     kept_lengths,
 )
 
-_FORMAT = 1  # of the index; another one makes a new index
+_FORMAT = 2  # of the index; another one makes a new index
 _KINDS = ("text", "box", "point", "trajectory")
 
 Size = tuple[int, int]  # height, width in pixels
@@ -63,6 +64,8 @@ class GroundingSource:
         name: str,
         images: Path | str | None = None,
         coordinates: str = "none",
+        holdout: float = 0.0,
+        part: str = "train",
         max_bad_records: int = 0,
         index_dir: Path | str | None = None,
     ) -> None:
@@ -77,6 +80,9 @@ class GroundingSource:
           images: folder that image paths are relative to; default: the first file's folder.
           coordinates: frame that numbers in texts are in, see `llava.frame_size`; they are then
             rendered anew for the resized image.  "none": texts stay as they are.
+          holdout: share of the images to hold out with all their records, by a hash of their
+            names (of the text, where there is no image); see `data.holdout`.
+          part: "train" or "held_out": the records to be.
           max_bad_records: records that may be left out, named in the log.
           index_dir: where the index lies; default: .st4vla_index beside the first file.
 
@@ -85,10 +91,11 @@ class GroundingSource:
         """
         paths = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
         check_frame(coordinates)
+        check_part(holdout, part, name)
         stamps = file_stamps(paths)
         root = Path(images) if images is not None else paths[0].parent
         key = digest(_FORMAT, stamps, str(root.absolute()), coordinates, max_bad_records)
-        self.name = name
+        self.name, self._choice = name, (holdout, part)
         self._folder = cache_root(paths[0], index_dir) / f"grounding-{key[:16]}"
 
         def build(work: Path) -> dict[str, Any]:
@@ -112,39 +119,53 @@ class GroundingSource:
             open(copy if copy.exists() else name, "rb")  # noqa: SIM115
             for copy, name in zip(copies, self._names, strict=True)
         ]
-        arrays = ("file", "line", "offset", "length", "kind", "size_start", "sizes")
+        arrays = ("file", "line", "offset", "length", "kind", "content", "size_start", "sizes")
         self._index = {a: open_array(self._folder / f"{a}.npy") for a in arrays}
+        content = self._index["content"]
+        self._part = open_part(
+            self._folder,
+            list(self._choice),
+            len(content),
+            lambda: other_part(content, *self._choice),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "_folder": self._folder}
+        return {"name": self.name, "_folder": self._folder, "_choice": self._choice}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
 
     def __len__(self) -> int:
-        return len(self._index["offset"])
+        return len(self._part.rows)
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The groups of its samples: data set and answer kind."""
+        """The groups of its samples, of all parts: data set and answer kind."""
         return tuple(f"{self.name}/{_KINDS[i]}" for i in np.unique(self._index["kind"]))
+
+    def _row(self, index: int) -> int:
+        """The index row of a sample."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)} of {self.name}")
+        return int(self._part.rows[index])
 
     def record_name(self, index: int) -> str:
         """File and line of a record."""
-        return f"{self._names[self._index['file'][index]]}:{self._index['line'][index]}"
+        row = self._row(index)
+        return f"{self._names[self._index['file'][row]]}:{self._index['line'][row]}"
 
     def image_sizes(self, index: int) -> list[Size]:
         """(height, width) of each image of a record, from the index."""
-        start, end = self._index["size_start"][index : index + 2]
+        row = self._row(index)
+        start, end = self._index["size_start"][row : row + 2]
         return [tuple(size) for size in self._index["sizes"][start:end].tolist()]
 
     def record(self, index: int) -> dict[str, Any]:
         """The record as stored, keys of other tools included."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)} of {self.name}")
-        offset, length = (int(self._index[key][index]) for key in ("offset", "length"))
-        line = os.pread(self._files[self._index["file"][index]].fileno(), length, offset)
+        row = self._row(index)
+        offset, length = (int(self._index[key][row]) for key in ("offset", "length"))
+        line = os.pread(self._files[self._index["file"][row]].fileno(), length, offset)
         try:
             return parse_record(line)
         except BadRecordError as e:
@@ -170,7 +191,7 @@ class GroundingSource:
         return Sample(
             tuple(images),
             record_turns(record, sizes, self._coordinates),
-            group=f"{self.name}/{_KINDS[self._index['kind'][index]]}",
+            group=f"{self.name}/{_KINDS[self._index['kind'][self._row(index)]]}",
             record=where,
         )
 
@@ -178,7 +199,7 @@ class GroundingSource:
         """Lengths under an encoder, kept beside the index."""
         every = range(len(self))
         return kept_lengths(
-            self._folder,
+            self._part.folder,
             encoder,
             lambda: encoder.conversation_lengths(
                 map(self.turns, every), map(self.image_sizes, every)
@@ -187,7 +208,7 @@ class GroundingSource:
 
     def fingerprint(self) -> str:
         """sha256 of the files' content, the images' sizes, the records kept and the settings."""
-        return self._fingerprint
+        return digest(self._fingerprint, self._part.digest)
 
 
 class _Builder:
@@ -199,6 +220,7 @@ class _Builder:
         self.missing: list[str] = []
         self.bad: list[str] = []
         self.rows: list[tuple[int, ...]] = []  # file, line, offset, length, kind
+        self.contents: list[int] = []
         self.counts, self.sizes = [0], []
 
     def build(self, work: Path, stamps: list[list[Any]], allowed: int) -> dict[str, Any]:
@@ -218,6 +240,7 @@ class _Builder:
             ("file", "line", "offset", "length", "kind"), columns, kinds, strict=True
         ):
             write_array(work / f"{key}.npy", column.astype(dtype))
+        write_array(work / "content.npy", np.array(self.contents, np.uint64))
         sizes = np.array(self.sizes, np.int32).reshape(-1, 2)
         write_array(work / "size_start.npy", np.cumsum(self.counts, dtype=np.int64))
         write_array(work / "sizes.npy", sizes)
@@ -238,25 +261,29 @@ class _Builder:
                 content.update(line)
                 if line.strip():
                     try:
-                        kind, sizes = self._check(line)
+                        kind, about, sizes = self._check(line)
                     except (BadRecordError, ImageError) as e:
                         self.bad.append(f"{name}:{line_number}: {e}")
                     else:
                         self.rows.append((number, line_number, offset, len(line), kind))
+                        self.contents.append(about)
                         self.counts.append(len(sizes))
                         self.sizes += sizes
                 offset += len(line)
         return content.hexdigest()
 
-    def _check(self, line: bytes) -> tuple[int, list[Size]]:
-        """(number of the answer kind, image sizes) of a usable record."""
+    def _check(self, line: bytes) -> tuple[int, int, list[Size]]:
+        """(number of the answer kind, hash of what it is about, image sizes) of a usable record."""
         record = parse_record(line)
-        sizes = [self._size(path) for path in image_paths(record)]
+        paths = image_paths(record)
+        sizes = [self._size(path) for path in paths]
         if wrong := [size for size in sizes if isinstance(size, str)]:
             raise BadRecordError("; ".join(wrong))
         turns = record_turns(record, sizes, self.coordinates)
         check_turns(turns, sizes)
-        return _KINDS.index(answer_kind(turns)), sizes
+        about = paths or [turn.text for turn in turns]
+        content = hashlib.blake2b(digest(list(about)).encode(), digest_size=8).digest()
+        return _KINDS.index(answer_kind(turns)), int.from_bytes(content, "little"), sizes
 
     def _size(self, name: str) -> Size | str:
         """(height, width) by the image's header alone, or what is wrong with it."""

@@ -134,6 +134,7 @@ def inspect_lerobot(path: Path, spec_name: str | None, index_dir: Path | None) -
     )
     report.facts.append(f"left out: {_counts(source.left_out)}")
     _describe_robot(report, source, spec, views, measured_hz=folder.fps)
+    report.episodes = [("all", int(content)) for content in source.contents()]
     return report
 
 

@@ -6,7 +6,7 @@ video and the presentation time of the exact frame.  A sample then decodes one f
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import numpy as np
 
 from st4vla_jax.data.answers import REGION
 from st4vla_jax.data.chunks import PADS, action_chunk
+from st4vla_jax.data.episode_table import Filters, pauses
+from st4vla_jax.data.holdout import check_part, open_part, other_part
 from st4vla_jax.data.index_folder import build_once, cache_root, digest, open_array, read_manifest
 from st4vla_jax.data.lerobot_folder import LeRobotFolder
 from st4vla_jax.data.lerobot_index import Annotations, build_grounding, build_robot
@@ -24,7 +26,7 @@ from st4vla_jax.data.source import BadRecordError, Lengths, Region, RobotStep, S
 from st4vla_jax.data.source_files import SourceError, check_stamps, file_stamps, kept_lengths
 from st4vla_jax.data.video import VideoReader
 
-_FORMAT = 1  # of the indices; another one makes new ones
+_FORMAT = 2  # of the indices; another one makes new ones
 
 
 class _Frames:
@@ -42,12 +44,21 @@ class _Frames:
             raise SourceError(f"{self._folder}: the index is gone; start again")
         check_stamps(meta["stamps"])
         self._meta = meta
-        arrays = ("episode", "step", "text", "video", "pts", *self._arrays)
+        arrays = ("episode", "step", "text", "video", "pts", "content_episode", "content",
+                  *self._arrays)  # fmt: skip
         self._index = {name: open_array(self._folder / f"{name}.npy") for name in arrays}
         self._reader = VideoReader()
+        count, about = len(self._index["step"]), list(self._choice)
+        self._part = open_part(self._folder, about, count, self._reasons)
+
+    def _reasons(self) -> dict[str, np.ndarray]:
+        """bool[N] of the index rows to leave out, by reason."""
+        episode = np.searchsorted(self._index["content_episode"], self._index["episode"])
+        other = other_part(self._index["content"], *self._choice[:2])
+        return {f"{name} episode": holds[episode] for name, holds in other.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {"name", "_folder", "_chunk", "_pad", "_masked", "_template"}
+        kept = {"name", "_folder", "_choice", "_chunk", "_pad", "_masked", "_template"}
         return {key: value for key, value in self.__dict__.items() if key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -61,8 +72,21 @@ class _Frames:
 
     @property
     def left_out(self) -> dict[str, int]:
-        """Steps that the index leaves out, by reason."""
-        return self._meta["left_out"]
+        """Steps that are no samples, by reason."""
+        return {**self._meta["left_out"], **self._part.left_out}
+
+    def __len__(self) -> int:
+        return len(self._part.rows)
+
+    def _row(self, index: int) -> int:
+        """The index row of a sample."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)} of {self.name}")
+        return int(self._part.rows[index])
+
+    def contents(self) -> np.ndarray:
+        """u64[E] hash of each indexed episode's numbers and tasks, held out or not."""
+        return self._index["content"]
 
     def image_sizes(self) -> np.ndarray:
         """i32[n,V,2] (height, width) of each sample's views."""
@@ -91,7 +115,8 @@ class _Frames:
     def fingerprint(self) -> str:
         """sha256 of the columns read, the frames' times, what is left out and the settings."""
         settings = [getattr(self, key, None) for key in ("_chunk", "_pad", "_masked", "_template")]
-        return digest(_FORMAT, self._meta["content"], self._meta.get("spec"), settings)
+        about = self._meta.get("spec")
+        return digest(_FORMAT, self._meta["content"], about, settings, self._part.digest)
 
 
 class LeRobotSource(_Frames):
@@ -101,7 +126,7 @@ class LeRobotSource(_Frames):
       name: of the data set.
     """
 
-    _arrays = ("kept", "actions", "start")
+    _arrays = ("framed", "actions", "start")
 
     def __init__(
         self,
@@ -112,6 +137,9 @@ class LeRobotSource(_Frames):
         views: Sequence[str] = ("primary",),
         pad: str = "neutral",
         masked: bool = True,
+        filters: Filters = Filters(),  # noqa: B008 (frozen)
+        holdout: float = 0.0,
+        part: str = "train",
         episodes: Sequence[int] | None = None,
         max_bad_records: int = 0,
         index_dir: Path | str | None = None,
@@ -125,6 +153,9 @@ class LeRobotSource(_Frames):
           views: keys of ``spec.images``, in view order.
           pad: see `chunks.action_chunk`.
           masked: likewise.
+          filters: steps that no sample starts at.
+          holdout: share of the episodes to hold out, by a hash of their content (`data.holdout`).
+          part: "train" or "held_out": the episodes to be.
           episodes: numbers of those to use; default: all.
           max_bad_records: episodes and frames that may be left out, named in the log.
           index_dir: see `index_folder.cache_root`.
@@ -138,7 +169,9 @@ class LeRobotSource(_Frames):
             )
         if pad not in PADS or chunk < 1:
             raise ValueError(f"chunk {chunk} must be positive and pad {pad!r} one of {PADS}")
+        check_part(holdout, part, spec.name)
         self.name, self._chunk, self._pad, self._masked = spec.name, chunk, pad, masked
+        self._choice = (holdout, part, *dataclasses.astuple(filters))
         folder = LeRobotFolder(root)
         chosen = folder.select(episodes)
         features = [spec.images[view] for view in views]
@@ -161,8 +194,17 @@ class LeRobotSource(_Frames):
         state = self._folder / "state.npy"
         self._state = open_array(state) if state.exists() else None
 
-    def __len__(self) -> int:
-        return len(self._index["kept"])
+    def _reasons(self) -> dict[str, np.ndarray]:
+        filters = Filters(*self._choice[2:])
+        reasons = {**super()._reasons(), "no frame": ~self._index["framed"]}
+        if filters.empty_language:
+            empty = np.array([not text.strip() for text in self._meta["texts"]], bool)
+            reasons["empty language"] = empty[self._index["text"]]
+        if filters.pause is not None:
+            spec = RobotSpec.from_dict(self._meta["spec"])
+            starts = self._index["start"][:-1]
+            reasons["pause"] = pauses(self._index["actions"], starts, spec, filters)
+        return reasons
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -175,9 +217,7 @@ class LeRobotSource(_Frames):
         return self._spec
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)} of {self.name}")
-        row = int(self._index["kept"][index])
+        row = self._row(index)
         starts = self._index["start"]
         episode = int(np.searchsorted(starts, row, "right")) - 1
         first, stop = int(starts[episode]), int(starts[episode + 1])
@@ -200,25 +240,25 @@ class LeRobotSource(_Frames):
 
     def episodes(self) -> np.ndarray:
         """i64[n] number of the episode that each sample is from."""
-        return np.searchsorted(self._index["start"], self._index["kept"], "right") - 1
+        return np.searchsorted(self._index["start"], self._part.rows, "right") - 1
 
     def standard_episodes(self) -> Iterator[StandardEpisode]:
-        """Standardised episodes, image-free: what statistics are computed over."""
-        starts = self._index["start"].tolist()
-        for first, stop in itertools.pairwise(starts):
-            rows = slice(first, stop)
+        """The episodes with a sample, whole and image-free: what statistics are computed over."""
+        starts = self._index["start"]
+        for number in np.unique(self.episodes()):
+            rows = slice(int(starts[number]), int(starts[number + 1]))
             state = None if self._state is None else self._state[rows]
             steps = self._index["step"][rows].astype(np.int64)
             yield StandardEpisode(self._index["actions"][rows], state, steps)
 
     def lengths(self, encoder: Any) -> Lengths:
         """Lengths under an encoder, kept beside the index."""
-        kept = np.asarray(self._index["kept"])
+        rows = self._part.rows
         return kept_lengths(
-            self._folder,
+            self._part.folder,
             encoder,
             lambda: encoder.robot_lengths(
-                self._meta["texts"], self._index["text"][kept], self.image_sizes()[kept]
+                self._meta["texts"], self._index["text"][rows], self.image_sizes()[rows]
             ),
         )
 
@@ -242,6 +282,8 @@ class LeRobotGrounding(_Frames):
         annotations: Annotations | None = None,
         template: str = TEMPLATES["upstream"],
         stride: int = 1,
+        holdout: float = 0.0,
+        part: str = "train",
         episodes: Sequence[int] | None = None,
         max_bad_records: int = 0,
         index_dir: Path | str | None = None,
@@ -255,6 +297,8 @@ class LeRobotGrounding(_Frames):
           annotations: names of the columns; default: InternVLA-M1's for this view.
           template: prompt with ``{instruction}``.
           stride: every how many frames a record is taken.
+          holdout: as in `LeRobotSource`: of one folder both hold out the same episodes.
+          part: likewise.
           episodes: as in `LeRobotSource`.
           max_bad_records: likewise.
           index_dir: likewise.
@@ -262,7 +306,8 @@ class LeRobotGrounding(_Frames):
         Raises:
           SourceError: missing videos or columns (all by name), or too many bad records.
         """
-        self.name, self._template = name, template
+        check_part(holdout, part, name)
+        self.name, self._template, self._choice = name, template, (holdout, part)
         PromptConfig(template)  # fails now if it has no place for the instruction
         columns = annotations or Annotations.of_view(video.rpartition(".")[2])
         folder = LeRobotFolder(root)
@@ -280,9 +325,6 @@ class LeRobotGrounding(_Frames):
         build_once(target, build)
         super().__init__(target)
 
-    def __len__(self) -> int:
-        return len(self._index["boxes"])
-
     @property
     def groups(self) -> tuple[str, ...]:
         """The groups of its samples."""
@@ -290,31 +332,29 @@ class LeRobotGrounding(_Frames):
 
     def turns(self, index: int) -> tuple[Turn, ...]:
         """Prompt and answer; boxes in the video's pixels."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)} of {self.name}")
-        instruction = self._meta["texts"][self._index["text"][index]]
+        row = self._row(index)
+        instruction = self._meta["texts"][self._index["text"][row]]
         prompt = spatial_prompt(instruction, PromptConfig(self._template))
-        boxes = zip(("pick", "place"), self._index["boxes"][index], strict=True)
+        boxes = zip(("pick", "place"), self._index["boxes"][row], strict=True)
         shown = {key: box for key, box in boxes if np.isfinite(box).all()}
         answer = "{" + ", ".join(f'"{key}": {REGION}' for key in shown) + "}"
         regions = tuple(Region("box", np.array(b).reshape(2, 2)) for b in shown.values())
         return Turn("user", IMAGE + prompt), Turn("assistant", answer, regions)
 
     def __getitem__(self, index: int) -> Sample:
-        turns = self.turns(index)
-        return Sample(
-            self._images(index), turns, group=self.groups[0], record=self.record_name(index)
-        )
+        turns, row = self.turns(index), self._row(index)
+        return Sample(self._images(row), turns, group=self.groups[0], record=self.record_name(row))
 
     def lengths(self, encoder: Any) -> Lengths:
         """Lengths under an encoder, kept beside the index."""
 
         def compute() -> Lengths:
-            sizes = ([tuple(size) for size in row.tolist()] for row in self.image_sizes())
+            rows = self.image_sizes()[self._part.rows]
+            sizes = ([tuple(size) for size in row.tolist()] for row in rows)
             return encoder.conversation_lengths(map(self.turns, range(len(self))), sizes)
 
         # The prompt is not the encoder's here, so it is part of the key.
-        place = self._folder / f"prompt-{digest(self._template)[:16]}"
+        place = self._part.folder / f"prompt-{digest(self._template)[:16]}"
         return kept_lengths(place, encoder, compute)
 
 

@@ -22,6 +22,7 @@ from st4vla_jax.data.source import BadRecordError
 from st4vla_jax.data.source_files import SourceError
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
+BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 TASK = "task"  # as a language column: the text of the step's task_index
 
 
@@ -104,6 +105,18 @@ class LeRobotFolder:
     def videos(self) -> tuple[str, ...]:
         """Names of the video features."""
         return tuple(k for k, f in self.features.items() if f["dtype"] == "video")
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Names of the features that say what an episode is: all numbers but its bookkeeping."""
+        kinds = ("bool", "int", "uint", "float")
+        return tuple(
+            sorted(
+                name
+                for name, feature in self.features.items()
+                if feature["dtype"].startswith(kinds) and name not in BOOKKEEPING
+            )
+        )
 
     def select(self, episodes: Sequence[int] | None) -> list[Episode]:
         """Episodes by number (all if None); raises SourceError naming those that are not there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ class _Rows:
         self.bad: list[str] = []
         self.left_out: Counter[str] = Counter()
         self.texts: dict[str, int] = {}
+        self.contents: dict[int, int] = {}
         self.videos: dict[Path, tuple[int, FrameTable]] = {}
         self.columns: dict[str, list[np.ndarray]] = {
             name: [] for name in ("episode", "step", "text", "video", "pts")
@@ -87,6 +89,9 @@ class _Rows:
         if not sum(map(len, self.columns["step"])):
             raise SourceError(f"{self.folder.root}: no step can be used: {dict(self.left_out)}")
         arrays = {name: np.concatenate(column) for name, column in self.columns.items()} | more
+        contents = sorted(self.contents.items())
+        arrays["content_episode"] = np.array([number for number, _ in contents], np.int64)
+        arrays["content"] = np.array([content for _, content in contents], np.uint64)
         for name, array in arrays.items():
             write_array(work / f"{name}.npy", array)
         sizes = [list(table.size) for _, table in self.videos.values()]
@@ -111,11 +116,11 @@ def build_robot(
     features: Sequence[str],
     allowed: int,
 ) -> dict[str, Any]:
-    """Writes the index of `LeRobotSource`: standardised actions and state, the steps kept."""
+    """Writes the index of `LeRobotSource`: standardised actions and state, framed = has images."""
     rows = _Rows(folder, features)
-    actions, states, kept, starts = [], [], [], [0]
+    actions, states, framed, starts = [], [], [], [0]
     language = [] if spec.language == TASK else [spec.language]
-    columns = list(dict.fromkeys([*_META, *spec.columns, *language]))
+    columns = list(dict.fromkeys([*_META, *spec.columns, *language, *folder.numbers]))
     for episode, table in folder.tables(episodes, columns):
         try:
             data = {name: column_array(table[name], name) for name in spec.columns}
@@ -124,25 +129,21 @@ def build_robot(
             texts = np.array(_texts(folder, spec, table))[standard.steps].tolist()
             times = table["timestamp"].to_numpy().astype(np.float64)[standard.steps]
             pts, found = rows.frames(episode, times)
+            rows.contents[episode.index] = _content(folder, table)
         except BadRecordError as e:
             rows.bad.append(f"{folder.root}: episode {episode.index}: {e}")
             continue
         found = found.all(1)
         if not found.all():
             rows.bad.append(_frames_missing(folder, episode, features, times[~found]))
-        worded = np.array([bool(text.strip()) for text in texts])
-        rows.left_out["no frame"] += int((~found).sum())
-        rows.left_out["empty language"] += int((~worded).sum())
-        kept.append(starts[-1] + np.flatnonzero(found & worded))
+        framed.append(found)
         rows.add(episode, standard.steps, texts, pts)
         actions.append(standard.actions)
         states.append(standard.state)
         starts.append(starts[-1] + len(standard.steps))
     more = {}
     if actions:
-        more = {"actions": np.concatenate(actions), "kept": np.concatenate(kept)}
-        if not len(more["kept"]):
-            raise SourceError(f"{folder.root}: no step can be used: {dict(rows.left_out)}")
+        more = {"actions": np.concatenate(actions), "framed": np.concatenate(framed)}
         if spec.state:
             more["state"] = np.concatenate(states)
     return rows.write(work, allowed, start=np.array(starts, np.int64), **more)
@@ -159,7 +160,7 @@ def build_grounding(
 ) -> dict[str, Any]:
     """Writes the index of `LeRobotGrounding`: boxes f32[n,2,4], NaN where an object is hidden."""
     rows, boxes = _Rows(folder, [video]), []
-    for episode, table in folder.tables(episodes, [*_META, *columns]):
+    for episode, table in folder.tables(episodes, [*_META, *columns, *folder.numbers]):
         steps = np.arange(0, table.num_rows, stride)
         try:
             _check_rows(episode, table)
@@ -168,6 +169,7 @@ def build_grounding(
             size = rows.videos[episode.videos[video].path][1].size
             picked = [table[name].take(steps).to_pylist() for name in columns]
             own = np.stack([_objects(*cells, size) for cells in zip(*picked, strict=True)])
+            rows.contents[episode.index] = _content(folder, table)
         except (BadRecordError, UnsafePickleError) as e:
             rows.bad.append(f"{folder.root}: episode {episode.index}: {e}")
             continue
@@ -214,6 +216,16 @@ def _objects(
         raise BadRecordError(f"boxes {found.tolist()} outside {size} pixels or with x2 < x1")
     found[(high <= low).any(1)] = np.nan  # a sliver at the border, less than a pixel wide
     return found
+
+
+def _content(folder: LeRobotFolder, table: pa.Table) -> int:
+    """u64 hash of an episode's numbers and tasks, the same under any number in any folder."""
+    result = hashlib.blake2b(digest_size=8)
+    tasks = [folder.tasks.get(number, "") for number in table["task_index"].to_pylist()]
+    result.update(digest(tasks).encode())
+    for name in folder.numbers:
+        result.update(digest(name, column_array(table[name], name)).encode())
+    return int.from_bytes(result.digest(), "little")
 
 
 def _check_rows(episode: Episode, table: pa.Table) -> None:

@@ -26,6 +26,7 @@ from st4vla_jax.data.episode_table import (
     standard_episodes,
     step_name,
 )
+from st4vla_jax.data.holdout import part_problems
 from st4vla_jax.data.image import ImageError, decode_image
 from st4vla_jax.data.index import StepIndex, open_index
 from st4vla_jax.data.index_folder import digest
@@ -63,8 +64,8 @@ class RldsSource:
       views: of ``spec.images``, in the order of a sample's images.
       pad, masked: of chunks at an episode's end, see `chunks.action_chunk`.
       filters: steps that no sample starts at.
-      holdout: (share, seed): hold out whole episodes by a hash of their content.
-      held_out: be the held-out episodes and not the others.
+      holdout: share of the episodes to hold out, by a hash of their content (`data.holdout`).
+      part: "train" or "held_out": the episodes to be.
       index_dir: where to keep the index; default: ``.st4vla_index`` in ``root``, or the user's
         cache folder where that cannot be written.
       max_bad_records: unusable records (checksum, columns, values not finite) that may be left
@@ -87,12 +88,12 @@ class RldsSource:
         pad: str = "neutral",
         masked: bool = True,
         filters: Filters = Filters(),  # noqa: B008 (frozen)
-        holdout: tuple[float, int] | None = None,
-        held_out: bool = False,
+        holdout: float = 0.0,
+        part: str = "train",
         index_dir: str | Path | None = None,
         max_bad_records: int = 0,
     ) -> None:
-        _check_settings(spec, chunk, views, pad, holdout, held_out)
+        _check_settings(spec, chunk, views, pad, holdout, part)
         folder = read_folder(root)
         index = open_index(
             folder,
@@ -107,7 +108,7 @@ class RldsSource:
         bad = [str(record) for record in (*index.bad, *table.bad)]
         check_problems(str(folder.root), bad, max_bad_records)
         images = [spec.images[view] for view in views]
-        kept = open_selection(index, table, images, filters, holdout, held_out)
+        kept = open_selection(index, table, images, filters, holdout, part)
         place = _Place(
             str(folder.root), str(index.folder), table.folder.name, kept.folder.name,
             tuple(views), chunk, pad, masked,
@@ -245,6 +246,10 @@ class RldsSource:
         episodes = self._index.episodes
         return [(names[e["shard"]], int(e["content"])) for e in episodes]
 
+    def contents(self) -> np.ndarray:
+        """u64[E] hash of each usable episode, held out or not."""
+        return self._index.episodes["content"][self._table.episodes["episode"]]
+
     def standard_episodes(self) -> Iterator[StandardEpisode]:
         """Standardised episodes, image-free: what statistics are computed over."""
         return standard_episodes(self._table, self._selection)
@@ -282,8 +287,8 @@ def _check_settings(
     chunk: int,
     views: Sequence[str],
     pad: str,
-    holdout: tuple[float, int] | None,
-    held_out: bool,
+    holdout: float,
+    part: str,
 ) -> None:
     problems = [
         f"views: {spec.name} has no view {view!r}{nearest(view, spec.images)}"
@@ -296,9 +301,6 @@ def _check_settings(
         problems.append(f"chunk: {chunk} must be positive")
     if pad not in PADS:
         problems.append(f"pad: {pad!r}{nearest(pad, PADS)}")
-    if holdout is not None and not 0 <= holdout[0] <= 1:
-        problems.append(f"holdout: the share {holdout[0]} must lie in 0..1")
-    if held_out and holdout is None:
-        problems.append("held_out: needs holdout=(share, seed)")
+    problems += part_problems(holdout, part)
     if problems:
         raise SourceError(f"{spec.name}:\n  " + "\n  ".join(problems))

@@ -9,10 +9,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from st4vla_jax.data.augment import Augment
 from st4vla_jax.data.encoder import SampleEncoder
 from st4vla_jax.data.episode_table import Filters
 from st4vla_jax.data.grounding import GroundingSource
+from st4vla_jax.data.holdout import is_held_out
 from st4vla_jax.data.image import ImageConfig
 from st4vla_jax.data.mixtures import shares
 from st4vla_jax.data.normalize import ActionSpec, EmbodimentStatistics, Statistics
@@ -50,7 +53,9 @@ class SetSettings:
       views: robots only, in order.
       split: rlds only.
       pad, masked: robots only, see `chunks.action_chunk`.
-      pause: rlds only, see `episode_table.Filters`.
+      pause: robots only, see `episode_table.Filters`.
+      holdout: share of the episodes (grounding: of the images with their records) that training
+        does not see, by a hash of their content, see `data.holdout`.
       images, coordinates: grounding only, see `GroundingSource`.
       video, stride: lerobot_grounding only, see `LeRobotGrounding`.
       max_bad_records: that the index may leave out.
@@ -67,6 +72,7 @@ class SetSettings:
     pad: str = "neutral"
     masked: bool = True
     pause: float | None = None
+    holdout: float = 0.0
     images: str | None = None
     coordinates: str = "none"
     video: str = ""
@@ -89,7 +95,7 @@ class DataSettings:
       prompts: templates of robot samples, see `SetSettings`; ("none",) turns them off.
       system, lower_case: see `PromptConfig`.
       tokenizer: folder of tokenizer.json; "" = the byte-level one of the tiny presets.
-      statistics: dataset_statistics.json; "" = computed from the robot sets.
+      statistics: dataset_statistics.json; "" = computed from the robot sets' training part.
       dino_size, chunk, action_dim, state_dim: see `SampleEncoder`.
       threads: readers of a host.
       index_dir: where indexes are kept; "" = beside the data.
@@ -163,22 +169,38 @@ def _checked(cls: type, tree: Mapping[str, Any], key: str, problems: list[str]) 
         return None
 
 
-def open_pipeline(settings: DataSettings, *, host: int = 0, num_hosts: int = 1) -> Pipeline:
+def open_pipeline(
+    settings: DataSettings, *, part: str = "train", host: int = 0, num_hosts: int = 1
+) -> Pipeline:
     """Opens the sources (indexing them if need be) and builds the pipeline of one host.
+
+    The held-out part has the training part's statistics and numbers of groups and embodiments, no
+    augmentation, only the sets with a holdout, and as many sequences as these need.
+
+    Args:
+      settings: the data section.
+      part: "train" or "held_out", see `data.holdout`.
+      host: number of this process among those that share the global batch.
+      num_hosts: of these.
 
     Raises:
       SettingsError, SourceError, SpecError, StatisticsError, ScheduleError, LayoutError: by what
         does not fit.
     """
     sources = [open_source(entry, settings) for entry in settings.sets]
+    _check_leaks(settings, sources)
     encoders = make_encoders(settings, sources)
+    if part == "held_out":
+        held_out = [i for i, entry in enumerate(settings.sets) if entry.holdout]
+        settings = _held_out_settings(settings)
+        sources = [open_source(entry, settings, part) for entry in settings.sets]
+        encoders = [
+            tuple(dataclasses.replace(encoder, augment=None) for encoder in encoders[i])
+            for i in held_out
+        ]
+    weights = _weights(settings, sources)
     return Pipeline(
-        [
-            DataSet(source, own, weight)
-            for source, own, weight in zip(
-                sources, encoders, _weights(settings, sources), strict=True
-            )
-        ],
+        [DataSet(*one) for one in zip(sources, encoders, weights, strict=True)],
         settings.schedule,
         policy=settings.read,
         host=host,
@@ -187,9 +209,11 @@ def open_pipeline(settings: DataSettings, *, host: int = 0, num_hosts: int = 1) 
     )
 
 
-def open_source(entry: SetSettings, settings: DataSettings) -> Source:
-    """The source of one data set."""
+def open_source(entry: SetSettings, settings: DataSettings, part: str = "train") -> Source:
+    """The source of one part of a data set."""
     common = {
+        "holdout": entry.holdout,
+        "part": part,
         "max_bad_records": entry.max_bad_records,
         "index_dir": settings.index_dir or None,
     }
@@ -207,13 +231,49 @@ def open_source(entry: SetSettings, settings: DataSettings) -> Source:
         )
     robot = {
         "spec": robot_spec(entry.spec), "chunk": settings.chunk, "views": entry.views,
-        "pad": entry.pad, "masked": entry.masked, **common,
+        "pad": entry.pad, "masked": entry.masked, "filters": Filters(pause=entry.pause), **common,
     }  # fmt: skip
     if entry.kind == "lerobot":
         from st4vla_jax.data.lerobot import LeRobotSource
 
         return LeRobotSource(path, **robot)
-    return RldsSource(path, split=entry.split, filters=Filters(pause=entry.pause), **robot)
+    return RldsSource(path, split=entry.split, **robot)
+
+
+def _held_out_settings(settings: DataSettings) -> DataSettings:
+    """Settings of the held-out part: the sets that have one, sequences as they need."""
+    sets = tuple(entry for entry in settings.sets if entry.holdout)
+    if not sets:
+        raise SettingsError(
+            "data settings: no data set holds anything out; set sets.NAME.holdout to a share of it"
+        )
+    counts = {
+        "robot_samples": any(entry.is_robot for entry in sets) * settings.schedule.robot_samples,
+        "grounding_samples": (
+            any(not entry.is_robot for entry in sets) * settings.schedule.grounding_samples
+        ),
+    }
+    schedule = dataclasses.replace(settings.schedule, sequences=0, **counts)
+    return dataclasses.replace(settings, sets=sets, schedule=schedule)
+
+
+def _check_leaks(settings: DataSettings, sources: Sequence[Source]) -> None:
+    """Raises SettingsError where one data set trains on episodes that another holds out."""
+    parts = []
+    for entry, source in zip(settings.sets, sources, strict=True):
+        if entry.kind != "grounding":
+            content = source.contents()
+            held_out = is_held_out(content, entry.holdout)
+            parts.append((entry, content[held_out], content[~held_out]))
+    problems = [
+        f"sets.{other.name} trains on {count} episodes that sets.{entry.name} holds out; give both "
+        "the same holdout"
+        for entry, held_out, _ in parts
+        for other, _, trained in parts
+        if (count := len(np.intersect1d(held_out, trained)))
+    ]
+    if problems:
+        raise SettingsError("data settings:\n  " + "\n  ".join(problems))
 
 
 def _weights(settings: DataSettings, sources: Sequence[Source]) -> list[float]:
@@ -280,17 +340,11 @@ def open_tokenizer(folder: str) -> Tokenizer:
 def _statistics(settings: DataSettings, sources: Sequence[Source]) -> Statistics:
     if settings.statistics:
         return Statistics.load(settings.statistics)
-    without = [e.name for e in settings.sets if e.kind == "lerobot"]
-    if without:
-        raise SettingsError(
-            f"data settings: {', '.join(without)} needs statistics: compute them with python -m "
-            "st4vla_jax.compute_stats, then set data.statistics"
-        )
     return statistics_of([s for e, s in zip(settings.sets, sources, strict=True) if e.is_robot])
 
 
 def statistics_of(sources: Sequence[Any]) -> Statistics:
-    """Statistics of robot sources by embodiment, over all their episodes."""
+    """Statistics of robot sources by embodiment, over all episodes of their samples."""
     found: dict[str, EmbodimentAccumulator] = {}
     for source in sources:
         own = accumulate(source.spec, source.standard_episodes())

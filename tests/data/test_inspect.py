@@ -82,7 +82,7 @@ def test_duplicates():
     pairs = [("train", 1), ("train", 2), ("val", 2), ("val", 3), ("val", 3)]
     assert findings.duplicate_findings(pairs) == [
         "1 episodes are in each of train and val: held out by split name they would be trained on; "
-        "use holdout=(share, seed)",
+        "hold out by content (holdout)",
         "1 episodes of val are repeats",
     ]
 

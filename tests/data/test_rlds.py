@@ -12,7 +12,7 @@ from PIL import Image
 
 from st4vla_jax.data import shards as shards_module
 from st4vla_jax.data.encoder import SampleEncoder
-from st4vla_jax.data.episode_table import Filters, held_out_episodes
+from st4vla_jax.data.episode_table import Filters
 from st4vla_jax.data.image import decode_image
 from st4vla_jax.data.oxe import SPECS
 from st4vla_jax.data.rlds import RldsSource
@@ -147,9 +147,11 @@ def test_views_come_in_the_order_asked_for(tmp_path):
 
 def test_wrong_settings_are_all_named(tmp_path):
     with pytest.raises(SourceError) as error:
-        RldsSource(tmp_path, BRIDGE, views=("wrist", "primry"), pad="zeros", chunk=0, held_out=True)
+        RldsSource(
+            tmp_path, BRIDGE, views=("wrist", "primry"), pad="zeros", chunk=0, part="held_out"
+        )
     for text in ("no view 'wrist'", "did you mean 'primary'", "did you mean 'zero'", "chunk: 0",
-                 "held_out: needs holdout"):  # fmt: skip
+                 "part: nothing is held out"):  # fmt: skip
         assert text in str(error.value)
 
 
@@ -354,26 +356,14 @@ def test_copies_in_another_split_fall_on_the_same_side(shared, tmp_path):
     root = shared / "data/bridge_dataset"
 
     def instructions_and_states(split, held_out):
-        source = RldsSource(
-            root, BRIDGE, split, holdout=(0.2, 1), held_out=held_out, index_dir=tmp_path
-        )
+        part = "held_out" if held_out else "train"
+        source = RldsSource(root, BRIDGE, split, holdout=0.2, part=part, index_dir=tmp_path)
         return {(s.turns[0].text, s.robot.state.tobytes()) for s in source}
 
     held = instructions_and_states("val", True)
     assert held == instructions_and_states("train", True) and len(held) == 5 * 8
     trained = instructions_and_states("all", False)
     assert len(trained) == 20 * 8 and not held & trained
-
-
-def test_held_out_share_does_not_depend_on_other_episodes():
-    content = np.random.default_rng(0).integers(0, 2**64, 20_000, np.uint64)
-    held = held_out_episodes(content, 0.1, 3)
-    assert abs(held.mean() - 0.1) < 4 * np.sqrt(0.09 / 20_000)
-    np.testing.assert_array_equal(held_out_episodes(content[::7], 0.1, 3), held[::7])
-    assert (held_out_episodes(content, 0.1, 4) != held).any()
-    assert not held_out_episodes(content, 0.0, 3).any() and held_out_episodes(content, 1.0, 3).all()
-    # More of the same: a larger share holds out those of the smaller one too.
-    assert (held_out_episodes(content, 0.2, 3) >= held).all()
 
 
 def test_the_side_survives_reencoding_and_order(tmp_path):
@@ -386,10 +376,10 @@ def test_the_side_survives_reencoding_and_order(tmp_path):
     b = reference.write_folder(
         tmp_path / "b", reference.FRACTAL, {"test": episodes[::-1]}, file_format="array_record"
     )
-    first = RldsSource(a, FRACTAL, holdout=(0.4, 0), held_out=True)
-    second = RldsSource(b, FRACTAL, "test", holdout=(0.4, 0), held_out=True)
+    first = RldsSource(a, FRACTAL, holdout=0.4, part="held_out")
+    second = RldsSource(b, FRACTAL, "test", holdout=0.4, part="held_out")
     texts = {s.turns[0].text for s in first}
-    assert texts == {s.turns[0].text for s in second} and 0 < len(texts) < 20
+    assert texts == {s.turns[0].text for s in second} and len(texts) == 8
 
 
 # --- Reading goes wrong -------------------------------------------------------------------------

@@ -1,0 +1,157 @@
+"""Held-out parts: the rule, every kind of source, and the pipeline of either part."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from st4vla_jax.data.grounding import GroundingSource
+from st4vla_jax.data.holdout import is_held_out
+from st4vla_jax.data.settings import DataSettings, SettingsError, open_pipeline, open_source
+from st4vla_jax.data.source_files import SourceError
+from st4vla_jax.data.stats import accumulate
+
+
+def contents(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 2**64, count, np.uint64)
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "held"),
+    [(25, 0.2, 5), (25, 0.01, 1), (4, 0.25, 1), (1000, 0.1, 100), (3, 1.0, 3), (3, 0.0, 0)],
+)
+def test_the_share_is_met_to_rounding(count, share, held):
+    assert is_held_out(contents(count), share).sum() == held
+
+
+def test_copies_order_and_growth():
+    content = contents(500)
+    held = is_held_out(content, 0.1)
+    order = np.random.default_rng(1).permutation(500)
+    np.testing.assert_array_equal(is_held_out(content[order], 0.1), held[order])
+    # Repeats are one episode: they count once and stay together.
+    twice = is_held_out(np.concatenate([content, content[:200]]), 0.1)
+    np.testing.assert_array_equal(twice, np.concatenate([held, held[:200]]))
+    assert (is_held_out(content, 0.2) >= held).all()
+    grown = is_held_out(np.concatenate([content, contents(50, seed=2)]), 0.1)[:500]
+    assert 0 < (grown != held).sum() + 1 <= 12  # only near the cut
+    assert abs(grown.sum() - 50) <= 12
+
+
+def bridge(shared, tmp_path, **sets):
+    own = {"kind": "rlds", "path": str(shared / "data/bridge_dataset/1.0.0"), "spec": "bridge_orig"}
+    return DataSettings.from_dict({
+        "sets": {name: own | changes for name, changes in sets.items()},
+        "schedule": {"robot_samples": 10, "grounding_samples": 0, "window": 4},
+        "index_dir": str(tmp_path), "augment": {"scale": [0.8, 1.0]},
+    })  # fmt: skip
+
+
+def drawn(pipeline, steps):
+    plans = [pipeline.schedule.plan(step) for step in range(steps)]
+    return [pipeline.data_sets[d.member].source[d.index] for p in plans for row in p for d in row]
+
+
+def about(sample):
+    return sample.turns[0].text, sample.robot.state.tobytes()
+
+
+def test_five_of_the_25_bridge_episodes_whatever_the_split(shared, tmp_path):
+    settings = bridge(shared, tmp_path, bridge={"holdout": 0.2})
+    parts = {p: open_pipeline(settings, part=p) for p in ("train", "held_out")}
+    train, held = (parts[p].data_sets[0].source for p in parts)
+    assert [len(np.unique(s.episodes())) for s in (train, held)] == [20, 5]
+    trained = {about(s) for s in train}
+    val = bridge(shared, tmp_path, bridge={"holdout": 0.2, "split": "val"})
+    copies = open_source(val.sets[0], val, "held_out")
+    assert {about(s) for s in copies} == {about(s) for s in held}
+    assert not trained & {about(s) for s in copies} and len(trained) == 20 * 8
+    assert {about(s) for s in drawn(parts["held_out"], 8)} == {about(s) for s in held}
+    assert {about(s) for s in drawn(parts["train"], 32)} <= trained
+    assert parts["held_out"].schedule.config.robot_samples == 10
+
+
+def test_statistics_fingerprint_and_views_of_both_parts(shared, tmp_path):
+    settings = bridge(shared, tmp_path, bridge={"holdout": 0.2})
+    train, held = (open_pipeline(settings, part=p) for p in ("train", "held_out"))
+    whole = open_pipeline(bridge(shared, tmp_path, bridge={}))
+    assert len({p.fingerprint for p in (train, held, whole)}) == 3
+    # Statistics are of the training part, in both.
+    for pipeline in (train, held):
+        found = pipeline.data_sets[0].encoders[0].statistics
+        source = train.data_sets[0].source
+        expected = accumulate(source.spec, source.standard_episodes()).result()
+        np.testing.assert_array_equal(found["oxe_bridge"].action.q99, expected.action.q99)
+        np.testing.assert_array_equal(found["oxe_bridge"].state.mean, expected.state.mean)
+        assert found["oxe_bridge"].num_trajectories == 20
+    # No augmentation of what is held out: a view is the image resized, nothing else.
+    assert train.data_sets[0].encoders[0].augment is not None
+    assert held.data_sets[0].encoders[0].augment is None
+    one, other = (open_pipeline(settings, part="held_out").batches() for _ in range(2))
+    np.testing.assert_array_equal(next(one).vlm.patches, next(other).vlm.patches)
+    one.close()
+    other.close()
+
+
+def test_episodes_held_out_in_one_set_and_trained_on_in_another(shared, tmp_path):
+    sets = {"a": {"holdout": 0.2}, "b": {"split": "val"}}
+    with pytest.raises(SettingsError, match="sets.b trains on 5 episodes that sets.a holds out"):
+        open_pipeline(bridge(shared, tmp_path, **sets))
+    open_pipeline(bridge(shared, tmp_path, a={"holdout": 0.2}, b={"split": "val", "holdout": 0.2}))
+    with pytest.raises(SettingsError, match="no data set holds anything out"):
+        open_pipeline(bridge(shared, tmp_path, a={}), part="held_out")
+
+
+def records(folder, count=20):
+    lines = []
+    for number in range(count):
+        Image.new("RGB", (56, 56), (number, 0, 0)).save(folder / f"{number}.png")
+        for question in ("What?", "Where?"):
+            turns = [{"from": "human", "value": f"<image>{question}"},
+                     {"from": "gpt", "value": f"Cup {number}"}]  # fmt: skip
+            lines.append(json.dumps({"image": f"{number}.png", "conversations": turns}))
+    path = folder / "demo.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_grounding_holds_out_images_with_all_their_records(shared, tmp_path):
+    path = records(tmp_path)
+    train, held = (GroundingSource(path, name="x", holdout=0.25, part=p)
+                   for p in ("train", "held_out"))  # fmt: skip
+    names = [{s.record(i)["image"] for i in range(len(s))} for s in (train, held)]
+    assert [len(n) for n in names] == [15, 5] and not names[0] & names[1]
+    assert (len(train), len(held)) == (30, 10)
+    assert held[3].turns[1].text == f"Cup {held.record(3)['image'].split('.')[0]}"
+    assert held.record_name(0).startswith(str(path)) and train.fingerprint() != held.fingerprint()
+
+    settings = bridge(shared, tmp_path, bridge={"holdout": 0.2})
+    grounding = dataclasses.replace(
+        settings.sets[0], name="x", kind="grounding", path=str(path), holdout=0.25
+    )
+    schedule = dataclasses.replace(settings.schedule, grounding_samples=6)
+    both = dataclasses.replace(settings, sets=(*settings.sets, grounding), schedule=schedule)
+    pipeline = open_pipeline(both, part="held_out")
+    batches = pipeline.batches()
+    batch = next(batches)
+    batches.close()
+    assert batch.action.valid.sum() == 10 and not pipeline.bad_records
+    assert pipeline.schedule.config.grounding_samples == 6
+    assert (batch.vlm.target_weight > 0).any()
+    # A grounding set without a holdout takes no part.
+    without = dataclasses.replace(grounding, holdout=0.0)
+    plain = dataclasses.replace(both, sets=(settings.sets[0], without))
+    pipeline = open_pipeline(plain, part="held_out")
+    assert pipeline.schedule.config.grounding_samples == 0 and len(pipeline.data_sets) == 1
+
+
+def test_wrong_parts_are_named(tmp_path):
+    path = records(tmp_path, 2)
+    with pytest.raises(SourceError, match="x: part: nothing is held out"):
+        GroundingSource(path, name="x", part="held_out")
+    with pytest.raises(SourceError, match="share 1.5 must lie in 0..1; part: 'val'"):
+        GroundingSource(path, name="x", holdout=1.5, part="val")
+    with pytest.raises(SourceError, match="none of 4 samples is kept: {'held out': 4}"):
+        GroundingSource(path, name="x", holdout=1.0)
