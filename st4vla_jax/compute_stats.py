@@ -1,7 +1,8 @@
 """Normalisation statistics of standardised actions and state, by embodiment, without images.
 
 python -m st4vla_jax.compute_stats --data DIR --spec NAME_OR_JSON --out dataset_statistics.json
-    [--data DIR --spec NAME_OR_JSON ...] [--split train] [--max-bad-records N] [--index-dir DIR]
+    [--data DIR --spec NAME_OR_JSON ...] [--split train] [--holdout SHARE] [--max-bad-records N]
+    [--index-dir DIR]
 
 DIR is a tfds-format (RLDS) or a LeRobot folder.  Data sets with one embodiment are taken together:
 the result is that of one pass over all of their steps, whatever the order (data/stats.py).
@@ -16,6 +17,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from st4vla_jax.data.holdout import is_held_out
 from st4vla_jax.data.normalize import EmbodimentStatistics, Statistics
 from st4vla_jax.data.oxe import robot_spec
 from st4vla_jax.data.rlds import RldsSource
@@ -26,7 +30,12 @@ from st4vla_jax.data.stats import EmbodimentAccumulator, accumulate
 
 
 def standard_episodes(
-    root: Path, spec: RobotSpec, split: str, max_bad_records: int, index_dir: Path | None = None
+    root: Path,
+    spec: RobotSpec,
+    split: str,
+    max_bad_records: int,
+    index_dir: Path | None = None,
+    holdout: float = 0.0,
 ) -> Iterator[StandardEpisode]:
     """Yields the standardised episodes of a data set; no image is decoded.
 
@@ -36,17 +45,19 @@ def standard_episodes(
       split: of an RLDS set; LeRobot folders have one.
       max_bad_records: episodes that may be left out, named in the log.
       index_dir: where an RLDS set's index is kept; default: see `RldsSource`.
+      holdout: share of the episodes that training does not see (`data.holdout`).
 
     Raises:
       ValueError, OSError: data or a spec that cannot be used, naming files and records.
     """
     if (root / "meta" / "info.json").is_file():
-        yield from _lerobot_episodes(root, spec, max_bad_records)
+        yield from _lerobot_episodes(root, spec, max_bad_records, holdout)
         return
     view = next(iter(spec.images))
     source = RldsSource(
-        root, spec, split, views=(view,), max_bad_records=max_bad_records, index_dir=index_dir
-    )
+        root, spec, split, views=(view,), holdout=holdout, max_bad_records=max_bad_records,
+        index_dir=index_dir,
+    )  # fmt: skip
     yield from source.standard_episodes()
 
 
@@ -90,12 +101,22 @@ def report(statistics: Statistics, specs: dict[str, RobotSpec]) -> str:
     return "\n".join(lines)
 
 
-def _lerobot_episodes(root: Path, spec: RobotSpec, allowed: int) -> Iterator[StandardEpisode]:
+def _lerobot_episodes(
+    root: Path, spec: RobotSpec, allowed: int, holdout: float
+) -> Iterator[StandardEpisode]:
     # pyarrow is an extra that RLDS users need not have.
     from st4vla_jax.data.lerobot_folder import LeRobotFolder, column_array
+    from st4vla_jax.data.lerobot_index import episode_content
 
     folder, bad = LeRobotFolder(root), []
-    for episode, table in folder.tables(folder.select(None), spec.columns):
+    chosen = folder.select(None)
+    if holdout:
+        columns = [*folder.numbers, "task_index"]
+        tables = folder.tables(chosen, columns)
+        content = np.array([episode_content(folder, table) for _, table in tables], np.uint64)
+        held_out = is_held_out(content, holdout)
+        chosen = [one for one, left_out in zip(chosen, held_out, strict=True) if not left_out]
+    for episode, table in folder.tables(chosen, spec.columns):
         try:
             yield spec.standardize({c: column_array(table[c], c) for c in spec.columns})
         except BadRecordError as e:
@@ -115,6 +136,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--split", default="train", help="of RLDS sets; 'all' takes every split")
+    parser.add_argument(
+        "--holdout", type=float, default=0.0, help="share of episodes that training does not see"
+    )
     parser.add_argument("--max-bad-records", type=int, default=0, help="for each data set")
     parser.add_argument("--index-dir", type=Path, help="where RLDS indices are kept")
     args = parser.parse_args(argv)
@@ -130,7 +154,9 @@ def run(args: argparse.Namespace) -> None:
     specs = [robot_spec(name) for name in args.spec]
     accumulators = []
     for root, spec in zip(args.data, specs, strict=True):
-        episodes = standard_episodes(root, spec, args.split, args.max_bad_records, args.index_dir)
+        episodes = standard_episodes(
+            root, spec, args.split, args.max_bad_records, args.index_dir, args.holdout
+        )
         accumulators.append(accumulate(spec, episodes))
     statistics = compute(accumulators)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -129,7 +129,7 @@ def build_robot(
             texts = np.array(_texts(folder, spec, table))[standard.steps].tolist()
             times = table["timestamp"].to_numpy().astype(np.float64)[standard.steps]
             pts, found = rows.frames(episode, times)
-            rows.contents[episode.index] = _content(folder, table)
+            rows.contents[episode.index] = episode_content(folder, table)
         except BadRecordError as e:
             rows.bad.append(f"{folder.root}: episode {episode.index}: {e}")
             continue
@@ -169,7 +169,7 @@ def build_grounding(
             size = rows.videos[episode.videos[video].path][1].size
             picked = [table[name].take(steps).to_pylist() for name in columns]
             own = np.stack([_objects(*cells, size) for cells in zip(*picked, strict=True)])
-            rows.contents[episode.index] = _content(folder, table)
+            rows.contents[episode.index] = episode_content(folder, table)
         except (BadRecordError, UnsafePickleError) as e:
             rows.bad.append(f"{folder.root}: episode {episode.index}: {e}")
             continue
@@ -218,8 +218,13 @@ def _objects(
     return found
 
 
-def _content(folder: LeRobotFolder, table: pa.Table) -> int:
-    """u64 hash of an episode's numbers and tasks, the same under any number in any folder."""
+def episode_content(folder: LeRobotFolder, table: pa.Table) -> int:
+    """u64 hash of an episode's numbers and tasks, the same under any number in any folder.
+
+    Args:
+      folder: says which features these are.
+      table: the episode's rows, with `LeRobotFolder.numbers` and task_index.
+    """
     result = hashlib.blake2b(digest_size=8)
     tasks = [folder.tasks.get(number, "") for number in table["task_index"].to_pylist()]
     result.update(digest(tasks).encode())

@@ -350,10 +350,7 @@ _SPECS = (
 SPECS: Mapping[str, RobotSpec] = {spec.name: spec for spec in _SPECS}
 
 
-def robot_spec(
-    name_or_path: str | Path,
-    encoding="pos_quat",
-) -> RobotSpec:
+def robot_spec(name_or_path: str | Path) -> RobotSpec:
     """A registered data set by name, or a user's own from a .json file.
 
     Raises:
