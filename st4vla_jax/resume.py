@@ -124,7 +124,25 @@ def init_from(
       CheckpointError: no checkpoint there, or a part taken does not fit (every path listed).
     """
     folder = find_checkpoint(source)
-    meta = read_meta(folder)
+    part, fresh, problems = _fitting(folder, abstract, subtrees, may_be_fresh)
+    if problems:
+        raise CheckpointError("\n  ".join([f"{folder}: does not fit this model:", *problems]))
+    params = nested(trees.read(folder / "params", part).items())
+    return WarmStart(params, tuple(fresh), folder, read_meta(folder).step)
+
+
+def init_problems(
+    folder: Path,
+    abstract: Mapping[str, Any],
+    subtrees: Sequence[str] | None = None,
+    may_be_fresh: Sequence[str] = (),
+) -> list[str]:
+    """Why `init_from` would refuse a checkpoint's folder, without reading parameters."""
+    return [f"{folder}: {text}" for text in _fitting(folder, abstract, subtrees, may_be_fresh)[2]]
+
+
+def _fitting(folder, abstract, subtrees, may_be_fresh) -> tuple[dict, list[str], list[str]]:
+    """Leaves to read by path, what stays fresh, and what does not fit."""
     wanted, stored = trees.flat(abstract), param_shapes(folder)
     tops = {path.split("/")[0] for path in wanted}, {path.split("/")[0] for path in stored}
     taken = tops[0] & tops[1] if subtrees is None else set(subtrees)
@@ -144,10 +162,7 @@ def init_from(
             part[path] = leaf
     left = {path for path in stored if path.split("/")[0] not in taken & tops[0]}
     problems += trees.mismatches(folder / "params", part, dtypes=False, ignore=left)
-    if problems:
-        raise CheckpointError("\n  ".join([f"{folder}: does not fit this model:", *problems]))
-    params = nested(trees.read(folder / "params", part).items())
-    return WarmStart(params, tuple(fresh), folder, meta.step)
+    return part, fresh, problems
 
 
 def find_checkpoint(source: Path | str) -> Path:

@@ -112,14 +112,11 @@ class Tokenizer:
             raise TokenizerError(f"{path}: not a tokenizer.json ({e})") from e
         return cls(content, str(path))
 
-    def save(self, folder: Path | str) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and chat_template.json for transformers.
+    def files(self) -> dict[str, bytes]:
+        """tokenizer.json, tokenizer_config.json and chat_template.json for transformers.
 
         The chat template is ours, which renders as Qwen2.5-VL's does: it is what `prompts` writes.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self._content, encoding="utf-8", newline="")
         config = {
             # Not Qwen2Tokenizer: transformers 5 would put Qwen's normaliser and splitting in the
             # place of those in tokenizer.json, which changes the byte-level tokenizer.
@@ -130,10 +127,17 @@ class Tokenizer:
             "model_max_length": 131_072,
             "chat_template": CHAT_TEMPLATE,
         }
-        template = {"chat_template": CHAT_TEMPLATE}
-        for name, tree in (("tokenizer_config", config), ("chat_template", template)):
-            text = json.dumps(tree, indent=2) + "\n"
-            (folder / f"{name}.json").write_text(text, encoding="utf-8")
+        trees = {"tokenizer_config": config, "chat_template": {"chat_template": CHAT_TEMPLATE}}
+        texts = {f"{name}.json": json.dumps(tree, indent=2) + "\n" for name, tree in trees.items()}
+        texts["tokenizer.json"] = self._content
+        return {name: text.encode("utf-8") for name, text in texts.items()}
+
+    def save(self, folder: Path | str) -> None:
+        """Writes `files` into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            (folder / name).write_bytes(content)
 
     def encode(self, text: str) -> list[int]:
         """Token ids; control tokens written in ``text`` are recognised, none is added."""

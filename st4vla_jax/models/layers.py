@@ -84,6 +84,10 @@ class Linear(nn.Module):
             raise ValueError(f"{self.name}: input {x.shape} does not end in {self.in_shape}")
         contract = ((tuple(range(len(lead), x.ndim)), tuple(range(num_in))), ((), ()))
         y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), contract)
+        if self.has_variable("params", "lora_a"):  # beside the kernel, see models/lora.py
+            a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
+            low = jax.lax.dot_general(x.astype(self.dtype), a.astype(self.dtype), contract)
+            y = y + jnp.tensordot(low, b.astype(self.dtype), 1)
         if self.use_bias:
             bias = self.param(
                 "bias",

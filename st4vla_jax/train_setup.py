@@ -1,0 +1,329 @@
+"""Everything that a run decides before its first array: all problems are found here, and at once.
+
+`prepare` opens the data, lays the state out on the mesh, finds the weights to start from and
+compares with the workdir's last checkpoint.  It compiles nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from st4vla_jax.batch import Batch
+from st4vla_jax.checkpoint import (
+    HF_CONFIG,
+    PASSTHROUGH,
+    STATISTICS,
+    CheckpointError,
+    Meta,
+    read_meta,
+)
+from st4vla_jax.config import ConfigError
+from st4vla_jax.data.pipeline import Pipeline
+from st4vla_jax.data.settings import DataSettings, open_pipeline
+from st4vla_jax.distributed import data_share
+from st4vla_jax.models.lora import LORA_A, LORA_B, add_lora, lora_problems
+from st4vla_jax.models.st4vla import ST4VLA
+from st4vla_jax.optim import Optimizer, coverage_problems
+from st4vla_jax.resume import FINGERPRINT, TRAINABLE, compare_runs, find_checkpoint, init_problems
+from st4vla_jax.sharding import make_mesh, param_shardings, unbox
+from st4vla_jax.state import Params, TrainState, leaves_by_path, split
+from st4vla_jax.train_checkpoints import TrainCheckpoints
+from st4vla_jax.train_config import PARTS, TrainConfig
+from st4vla_jax.train_step import StepConfig, init_train_state
+
+# May differ from the run that a workdir's checkpoint is of: they change no number, or only by
+# rounding (mesh, runtime), or what is written down.
+FREE_KEYS = tuple(
+    f"config.{key}"
+    for key in (
+        "steps", "save_every", "accumulation", "mesh", "checkpoint", "evaluation", "log",
+        "runtime.remat", "runtime.query_chunk", "runtime.vocab_tile", "runtime.attention",
+        "data.threads", "data.index_dir", "data.read", "data.schedule.sequences",
+        "data.schedule.multiple", "init", "optim.max_skipped",
+    )
+)  # fmt: skip
+DATA_KEYS = ("config.data",)
+OPTIMIZER_KEYS = ("config.optim", "config.lora", "ema")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFlags:
+    """What the command line adds to a config; see train.py."""
+
+    allow_data_change: bool = False
+    restart_optimizer: bool = False
+    overfit_one_batch: bool = False
+
+
+@dataclasses.dataclass
+class Setup:
+    """A checked run.
+
+    Attributes:
+      abstract: state of ShapeDtypeStructs with shardings.
+      init: fresh parameters in `Axes` boxes, from a key.
+      sources: checkpoint folder of each part that is not fresh.
+      record: what a checkpoint says about the run, see `resume.compare_runs`.
+    """
+
+    config: TrainConfig
+    workdir: Path
+    flags: RunFlags
+    mesh: Mesh
+    model: ST4VLA
+    optimizer: Optimizer
+    abstract: TrainState
+    init: Callable[[jax.Array], Params]
+    sources: Mapping[str, Path]
+    pipeline: Pipeline
+    checkpoints: TrainCheckpoints
+    record: dict[str, Any]
+    resume_step: int | None
+
+    @property
+    def step_config(self) -> StepConfig:
+        loss = self.config.loss
+        return StepConfig(
+            loss.repeats, loss.weights, self.config.accumulation, self.config.seed, self.groups
+        )
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return tuple(self.pipeline.data_sets[0].encoders[0].groups)
+
+    @property
+    def tokenizer(self):
+        return self.pipeline.data_sets[0].encoders[0].tokenizer
+
+
+def prepare(config: TrainConfig, workdir: Path | str, flags: RunFlags = RunFlags()) -> Setup:  # noqa: B008
+    """Checks a run and opens what it reads.
+
+    Raises:
+      ConfigError: every problem of config, mesh, weights, data and workdir.
+    """
+    problems: list[str] = []
+    workdir = Path(workdir).absolute()
+    mesh = attempt(problems, lambda: make_mesh(**config.mesh.sizes(len(jax.devices()))))
+    model = ST4VLA(config.model, config.runtime)
+    optimizer = Optimizer(config.optim, config.steps)
+
+    def init(key: jax.Array) -> Params:
+        return add_lora(model.init(key), config.lora, jax.random.fold_in(key, len(PARTS)))
+
+    boxed = jax.eval_shape(model.init, jax.random.key(0))
+    problems += lora_problems(boxed, config.lora)
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    problems += coverage_problems([p for p, _ in leaves_by_path(unbox(boxed))], config.optim.groups)
+    abstract = mesh and not problems and attempt(
+        problems, lambda: abstract_state(boxed, optimizer, mesh, config)
+    )  # fmt: skip
+    sources = {part: path for part in PARTS if (path := config.init.source(part))}
+    folders, base = _sources(config, sources, abstract, problems)
+    settings = _data_settings(config, base)
+    pipeline = mesh and attempt(problems, lambda: _open(settings, mesh, config.accumulation))
+    if pipeline:
+        problems += _tokenizer_problems(pipeline, config)
+    if problems:
+        raise ConfigError("this run cannot start:\n  " + "\n  ".join(problems))
+    record = run_record(config, pipeline, abstract, flags)
+    checkpoints = TrainCheckpoints(
+        workdir, config.checkpoint, _meta(config, pipeline, base), _files(pipeline, base)
+    )
+    step = checkpoints.latest()
+    if step is not None:
+        try:
+            compare_runs(
+                checkpoints.run_record(step), record, free=FREE_KEYS, data=DATA_KEYS,
+                optimizer=OPTIMIZER_KEYS, allow_data_change=flags.allow_data_change,
+                restart_optimizer=flags.restart_optimizer,
+            )  # fmt: skip
+        except CheckpointError:
+            checkpoints.close()
+            raise
+    return Setup(
+        config, workdir, flags, mesh, model, optimizer, abstract, init, folders, pipeline,
+        checkpoints, record, step,
+    )  # fmt: skip
+
+
+def attempt(problems: list[str], fn: Callable[[], Any]) -> Any:
+    """``fn()``, or None with its error among the problems."""
+    try:
+        return fn()
+    except (ValueError, OSError) as error:  # all of this package's own errors are ValueErrors
+        problems.append(str(error))
+        return None
+
+
+def abstract_state(
+    boxed: Params, optimizer: Optimizer, mesh: Mesh, config: TrainConfig
+) -> TrainState:
+    """The state's shapes, dtypes and shardings.
+
+    Moments and the moving average are laid out as their parameters.
+
+    Raises:
+      ShardingError: parameters that the mesh does not divide, all listed.
+    """
+    shardings = param_shardings(boxed, mesh, config.runtime.rules)
+    params = jax.tree.map(
+        lambda p, s: jax.ShapeDtypeStruct(p.shape, config.runtime.dtypes.params, sharding=s),
+        unbox(boxed), shardings,
+    )  # fmt: skip
+    trainable, frozen = split(params, optimizer.is_trainable)
+    state = jax.eval_shape(lambda p, f: init_train_state(p, optimizer, f), trainable, frozen)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    by_shape = dict(leaves_by_path(trainable))
+
+    def laid_out(keys, leaf):
+        """A leaf below a parameter's path (its moments) takes that parameter's sharding."""
+        path = "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in keys)
+        own = next((p for p in by_shape if path.endswith("/" + p)), None)
+        sharding = replicated if own is None else by_shape[own].sharding
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    opt_state = jax.tree_util.tree_map_with_path(laid_out, state.opt_state)
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    ema = trainable if state.ema is not None else None
+    return TrainState(scalar, trainable, frozen, opt_state, ema, scalar)
+
+
+def abstract_batch(batch: Batch, setup: Setup) -> Batch:
+    """Shapes of the global batch that this process's part belongs to."""
+    sharding = NamedSharding(setup.mesh, setup.config.runtime.rules.spec(("batch",)))
+    sequences = setup.pipeline.schedule.sequences
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((sequences, *x.shape[1:]), x.dtype, sharding=sharding), batch
+    )
+
+
+def run_record(
+    config: TrainConfig, pipeline: Pipeline, abstract: TrainState, flags: RunFlags
+) -> dict[str, Any]:
+    """What a checkpoint keeps of its run, to be compared when it goes on."""
+    return json.loads(json.dumps({
+        "config": config.tree,
+        FINGERPRINT: pipeline.fingerprint,
+        TRAINABLE: sorted(path for path, _ in leaves_by_path(abstract.params)),
+        "overfit_one_batch": flags.overfit_one_batch,
+        "ema": abstract.ema is not None,
+    }))  # fmt: skip
+
+
+def _sources(
+    config: TrainConfig,
+    sources: Mapping[str, str],
+    abstract: TrainState | None,
+    problems: list[str],
+) -> tuple[dict[str, Path], Path | None]:
+    """Checkpoint folder of each part that is not fresh, and the one whose meta files are kept."""
+    folders, stored = {}, {}
+    for path in dict.fromkeys(sources.values()):
+        if folder := attempt(problems, lambda path=path: find_checkpoint(path)):
+            stored[path] = folder, read_meta(folder).model
+    for part, path in sources.items():
+        if path not in stored:
+            continue
+        folder, model = stored[path]
+        has = part == "vlm" or model.has_action
+        if has and part in _parts(config):
+            folders[part] = folder
+        elif getattr(config.init, part):
+            problems.append(f"init.{part}: {folder} or this model has no {part}")
+    if abstract:
+        for folder in dict.fromkeys(folders.values()):
+            parts = [part for part, own in folders.items() if own == folder]
+            problems += init_problems(folder, abstract.all_params, parts, ADAPTERS)
+    return folders, folders.get("vlm")
+
+
+ADAPTERS = (f".*/({LORA_A}|{LORA_B})",)
+
+
+def _parts(config: TrainConfig) -> tuple[str, ...]:
+    return PARTS if config.model.has_action else PARTS[:1]
+
+
+def _data_settings(config: TrainConfig, base: Path | None) -> DataSettings:
+    """The tokenizer of the VLM's checkpoint serves where the config names none."""
+    if config.data.tokenizer or base is None:
+        return config.data
+    return dataclasses.replace(config.data, tokenizer=str(base / "meta" / "tokenizer"))
+
+
+def _open(settings: DataSettings, mesh: Mesh, accumulation: int, part: str = "train") -> Pipeline:
+    """This process's part of the data; sequences divide by devices and microbatches."""
+    blocks = mesh.shape["data"] * mesh.shape["fsdp"]
+    multiple = blocks * (accumulation if part == "train" else 1)
+    schedule = settings.schedule
+    if schedule.sequences % multiple:
+        raise ConfigError(
+            f"data.schedule.sequences {schedule.sequences} is no multiple of data x fsdp x "
+            f"accumulation = {multiple}; leave it 0 to have it chosen"
+        )
+    settings = dataclasses.replace(
+        settings, schedule=dataclasses.replace(schedule, multiple=multiple)
+    )
+    host, num_hosts = data_share(mesh)
+    return open_pipeline(settings, part=part, host=host, num_hosts=num_hosts)
+
+
+def open_held_out(setup: Setup) -> Pipeline:
+    """The held-out part of the run's data."""
+    settings = _data_settings(setup.config, setup.sources.get("vlm"))
+    return _open(settings, setup.mesh, 1, "held_out")
+
+
+def _tokenizer_problems(pipeline: Pipeline, config: TrainConfig) -> list[str]:
+    tokenizer, vocab = pipeline.data_sets[0].encoders[0].tokenizer, config.model.text.vocab_size
+    if len(tokenizer) <= vocab:
+        return []
+    where = config.data.tokenizer or "the byte-level tokenizer"
+    return [f"data.tokenizer: {where} has {len(tokenizer)} tokens, the model has {vocab}"]
+
+
+def _meta(config: TrainConfig, pipeline: Pipeline, base: Path | None) -> Meta:
+    """What serving needs to know, by the encoder of the first robot set (or of the first set)."""
+    encoders = [d.encoders[0] for d in pipeline.data_sets]
+    robots = [d.source.spec for d in pipeline.data_sets if hasattr(d.source, "spec")]
+    number = next((i for i, d in enumerate(pipeline.data_sets) if hasattr(d.source, "spec")), 0)
+    old = read_meta(base) if base else None
+    return Meta(
+        model=config.model,
+        prompt=encoders[number].prompt,
+        image=config.data.image,
+        action=robots[0].action_spec if robots else None,
+        source=dict(old.source) if old else {},
+        notes={"trained_from": str(base) if base else "scratch"},
+        stored_head=old.stored_head if old else False,
+    )
+
+
+def _files(pipeline: Pipeline, base: Path | None) -> dict[str, bytes | Path]:
+    """Files below a checkpoint's meta/: tokenizer, statistics, what the VLM came with."""
+    encoder = pipeline.data_sets[0].encoders[0]
+    files: dict[str, bytes | Path] = {
+        f"tokenizer/{name}": content for name, content in encoder.tokenizer.files().items()
+    }
+    if base:
+        kept = [path for path in (base / "meta").rglob("*") if path.is_file()]
+        wanted = ("tokenizer/", HF_CONFIG, PASSTHROUGH)
+        names = {path: path.relative_to(base / "meta").as_posix() for path in kept}
+        files |= {name: path for path, name in names.items() if name.startswith(wanted)}
+    if encoder.statistics is not None:
+        files[STATISTICS] = json.dumps(encoder.statistics.to_dict(), indent=2).encode()
+    return files
+
+
+def sharded_like(tree: Any) -> Any:
+    """The shardings of a tree of ShapeDtypeStructs."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
