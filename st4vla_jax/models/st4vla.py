@@ -183,7 +183,7 @@ class ST4VLA:
         hidden, condition = self.encode(params, batch, probe, dropout_keys)
         action, action_error = jnp.zeros(()), None
         if condition is not None:
-            action_error = self._action_error(params, batch.action, condition, draws.diffusion)
+            action_error = self.action_error(params, batch.action, condition, draws.diffusion)
             repeats = draws.diffusion.timesteps.shape[-1]
             action = jnp.sum(action_error) * repeats / denominators.action
         text, text_nll = jnp.zeros(()), None
@@ -210,7 +210,7 @@ class ST4VLA:
         vlm = {"params": params["vlm"]}
         if batch.action is None:
             return self.vlm.apply(vlm, batch.vlm).hidden, None
-        tap = self._bridge_tap(params, batch.action, jnp.asarray(probe, jnp.float32), dropout_keys)
+        tap = self.bridge_tap(params, batch.action, jnp.asarray(probe, jnp.float32), dropout_keys)
         out = self.vlm.apply(vlm, batch.vlm, tap=tap)
         valid = batch.action.valid[..., None, None]
         return out.hidden, jnp.where(valid, out.carry, 0)
@@ -289,7 +289,10 @@ class ST4VLA:
             rows, table, vlm.targets, tile=self.rt.vocab_tile, rules=self.rt.rules
         )
 
-    def _bridge_tap(self, params, action: ActionInputs, probe, dropout_keys) -> Tap:
+    def bridge_tap(
+        self, params: Params, action: ActionInputs, probe: Array, dropout_keys: Array | None
+    ) -> Tap:
+        """The Q-Former riding along the decoder; its final carry is the condition [B,K,Q,D']."""
         cfg, bridge = self.cfg.bridge, self.bridge.bind({"params": params["bridge"]})
         batch, samples, views = action.dino_images.shape[:3]
         images = action.dino_images.reshape(-1, *action.dino_images.shape[3:])
@@ -309,7 +312,9 @@ class ST4VLA:
         queries = bridge.queries((batch, samples))
         return Tap(cfg.start_layer, cfg.end_layer, xs, queries, read_layer)
 
-    def _action_error(self, params, action: ActionInputs, condition, draws: diffusion.Draws):
+    def action_error(
+        self, params: Params, action: ActionInputs, condition: Array, draws: diffusion.Draws
+    ) -> Array:
         """f32[B,K]: masked squared error of the predicted noise, averaged over the repeats."""
         repeats = draws.timesteps.shape[-1]
         # What an unused slot holds must not reach the DiT: 0 x NaN is NaN in its gradients.
