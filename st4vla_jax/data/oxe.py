@@ -345,6 +345,17 @@ _SPECS = (
         )
         for suite in LIBERO_SUITES
     ),
+    RobotSpec(  # the environment of st4vla_jax/tabletop
+        "tabletop",
+        "tabletop",
+        _views("image", wrist="wrist_image"),
+        "language_instruction",
+        (_part("action"),),
+        (_part(_STATE),),
+        state_encoding="pos_euler",
+        control_hz=5,
+        mode="min_max",
+    ),
 )
 
 SPECS: Mapping[str, RobotSpec] = {spec.name: spec for spec in _SPECS}

@@ -1,0 +1,1 @@
+"""A kinematic tabletop in NumPy and PIL: environment, demonstrator and data set."""

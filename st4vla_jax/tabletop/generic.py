@@ -1,0 +1,198 @@
+"""Generic pictures for stage 0: other shapes, backgrounds and prompts, and no robot.
+
+What a tiny model learns from them stands in for what Qwen2.5-VL knows before it sees a robot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from st4vla_jax.data.answers import answer_text
+from st4vla_jax.data.prompts import IMAGE
+from st4vla_jax.data.source import Region, Turn
+from st4vla_jax.tabletop.grounding import Example
+from st4vla_jax.tabletop.render import shade
+from st4vla_jax.tabletop.scene import COLOURS, Outline, regular
+
+MOST_THINGS = 4
+
+_KINDS = {"box": 0.65, "point": 0.2, "text": 0.15}
+_BOX_PROMPTS = (
+    "Where is {}? Answer with its box in JSON.",
+    "Find {} and give the bbox coordinates in JSON.",
+    "Detect {} in this picture. JSON, please.",
+)
+_POINT_PROMPTS = (
+    "Put your finger on {}. Answer in JSON.",
+    "Which pixel shows the middle of {}? Answer in JSON.",
+)
+_SUPER = 2
+_STREAM = 11
+
+
+def _heart() -> Outline:
+    angles = [math.tau * i / 24 for i in range(24)]
+    return tuple(
+        (
+            math.sin(a) ** 3,
+            (13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 16,
+        )
+        for a in angles
+    )
+
+
+def _moon() -> Outline:
+    outer = [math.radians(40 + 280 * i / 16) for i in range(17)]
+    inner = [math.radians(295 - 230 * i / 12) for i in range(13)]
+    return (
+        *((math.cos(a), math.sin(a)) for a in outer),
+        *((0.38 + 0.72 * math.cos(a), 0.72 * math.sin(a)) for a in inner),
+    )
+
+
+THINGS: Mapping[str, Outline] = {
+    "hexagon": regular(6),
+    "pentagon": regular(5, math.pi / 2),
+    "diamond": ((0.0, 1.0), (0.6, 0.0), (0.0, -1.0), (-0.6, 0.0)),
+    "heart": _heart(),
+    "moon": _moon(),
+    "arrow": (
+        (0.0, 1.0), (0.75, 0.1), (0.3, 0.1), (0.3, -1.0), (-0.3, -1.0), (-0.3, 0.1), (-0.75, 0.1),
+    ),
+    "oval": tuple((0.62 * x, y) for x, y in regular(24)),
+    "house": ((0.0, 1.0), (0.8, 0.3), (0.8, -0.8), (-0.8, -0.8), (-0.8, 0.3)),
+}  # fmt: skip
+
+
+class _Thing:
+    """A flat thing in a picture; lengths in shares of the picture's side."""
+
+    def __init__(self, rng: np.random.Generator, colour: str) -> None:
+        self.colour, self.shape = colour, str(rng.choice(list(THINGS)))
+        self.size = float(rng.uniform(0.06, 0.14))
+        self.x, self.y = rng.uniform(self.size, 1 - self.size, 2).tolist()
+        turn = float(rng.uniform(-0.35, 0.35))
+        cos, sin = self.size * math.cos(turn), self.size * math.sin(turn)
+        self.corners = np.array(
+            [
+                (self.x + u * cos - v * sin, self.y - u * sin - v * cos)
+                for u, v in THINGS[self.shape]
+            ]
+        ).clip(0, 1)
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    def apart(self, other: _Thing) -> bool:
+        distance = math.hypot(self.x - other.x, self.y - other.y)
+        return distance > 1.05 * (self.size + other.size)
+
+    def box(self, size: int) -> np.ndarray:
+        """f32[2,2] corners in pixels."""
+        return (np.stack([self.corners.min(0), self.corners.max(0)]) * size).astype(np.float32)
+
+
+def generic_example(seed: int, index: int, size: int = 112, kind: str | None = None) -> Example:
+    """A picture and a question about it.
+
+    Args:
+      seed, index: equal ones give an equal record.
+      size: pixels of the picture's side.
+      kind: box, point or text; default: drawn.
+
+    Raises:
+      ValueError: an unknown kind.
+    """
+    if kind not in (None, *_KINDS):
+        raise ValueError(f"kind {kind!r}: there are {', '.join(_KINDS)}")
+    rng = np.random.default_rng([seed, index, _STREAM])
+    kind = kind or str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
+    things = _things(rng)
+    image = _draw(rng, things, size)
+    thing = things[rng.integers(len(things))]
+    more: dict[str, object] = {}
+    if kind == "text":
+        question, answer = _question(rng, thing, things)
+        regions: tuple[Region, ...] = ()
+    else:
+        words = _phrase(rng, thing, things)
+        answer = answer_text(1)
+        box = thing.box(size)
+        if kind == "box":
+            question, regions = _one(rng, _BOX_PROMPTS).format(words), (Region("box", box),)
+        else:
+            question = _one(rng, _POINT_PROMPTS).format(words)
+            regions = (Region("point", box.mean(axis=0, keepdims=True)),)
+            more = {"box": box.ravel().round(2).tolist()}
+    turns = (Turn("user", IMAGE + question), Turn("assistant", answer, regions))
+    return Example(image, turns, {"kind": kind, **more})
+
+
+def _one(rng: np.random.Generator, texts: tuple[str, ...]) -> str:
+    return texts[rng.integers(len(texts))]
+
+
+def _things(rng: np.random.Generator) -> list[_Thing]:
+    """One to MOST_THINGS, apart from each other, each of its own colour."""
+    colours = rng.permutation(list(COLOURS))
+    wanted = int(rng.integers(1, MOST_THINGS + 1))
+    things: list[_Thing] = []
+    while len(things) < wanted:
+        thing = _Thing(rng, str(colours[len(things)]))
+        if all(thing.apart(other) for other in things):
+            things.append(thing)
+    return things
+
+
+def _phrase(rng: np.random.Generator, thing: _Thing, things: list[_Thing]) -> str:
+    choices = [f"the {thing.name}", f"the {thing.colour} thing"]
+    if sum(other.shape == thing.shape for other in things) == 1:
+        choices.append(f"the {thing.shape}")
+    return _one(rng, tuple(choices))
+
+
+def _question(rng: np.random.Generator, thing: _Thing, things: list[_Thing]) -> tuple[str, str]:
+    others = [other for other in things if abs(other.x - thing.x) > 0.1]
+    if others and rng.random() < 0.5:
+        other = others[rng.integers(len(others))]
+        side = "left" if thing.x < other.x else "right"
+        return f"Which side of the {other.name} is the {thing.name} on?", side
+    if sum(other.shape == thing.shape for other in things) == 1:
+        return f"What colour is the {thing.shape}?", thing.colour
+    return "How many things are there?", str(len(things))
+
+
+def _draw(rng: np.random.Generator, things: list[_Thing], size: int) -> np.ndarray:
+    side = size * _SUPER
+    image = Image.fromarray(_backdrop(rng, side))
+    draw = ImageDraw.Draw(image)
+    for thing in things:
+        colour = tuple(
+            int(c) for c in np.clip(COLOURS[thing.colour] + rng.normal(size=3) * 8, 0, 255)
+        )
+        corners = [tuple(corner) for corner in (thing.corners * side).tolist()]
+        draw.polygon(corners, colour, shade(colour, 0.6), width=2)
+    return np.array(image.reduce(_SUPER))
+
+
+def _backdrop(rng: np.random.Generator, side: int) -> np.ndarray:
+    """u8[side,side,3]: one colour, a gradient, or soft blotches; pale or dark, never strong."""
+    grey = rng.uniform(170, 245) if rng.random() < 0.8 else rng.uniform(30, 70)
+    base = grey + rng.uniform(-10, 10, 3)
+    kind = rng.integers(3)
+    if kind == 0:
+        pixels = np.broadcast_to(base, (side, side, 3))
+    elif kind == 1:
+        angle, axis = rng.uniform(0, math.tau), np.linspace(-1, 1, side)
+        ramp = math.cos(angle) * axis[None, :, None] + math.sin(angle) * axis[:, None, None]
+        pixels = base + 14 * ramp
+    else:
+        coarse = Image.fromarray(rng.normal(size=(9, 9)).astype(np.float32))
+        blotches = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))
+        pixels = base + 7 * blotches[..., None]
+    return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
