@@ -32,6 +32,7 @@ import orbax.checkpoint as ocp
 from st4vla_jax import checkpoint_trees as trees
 from st4vla_jax.checkpoint import META, CheckpointError, Meta, git_revision
 from st4vla_jax.data.index_folder import sync
+from st4vla_jax.distributed import check_shared_folder
 from st4vla_jax.state import TrainState
 
 FOLDER = "checkpoints"
@@ -100,8 +101,9 @@ class TrainCheckpoints:
           files: name below meta/ -> contents, or a file that is read now.
 
         Raises:
-          CheckpointError: the settings, files that cannot be read, or a workdir that another run
-            uses or that cannot be written.
+          CheckpointError: files that cannot be read, or a workdir that another run uses or that
+            cannot be written.
+          DistributedError: a process does not see the workdir of the others.
         """
         self.folder = Path(workdir).absolute() / FOLDER
         self._settings = settings
@@ -112,6 +114,7 @@ class TrainCheckpoints:
         self._lock = _locked(self.folder) if self._primary else None
         self._handler = _StepHandler(files)
         self._checkpointer = ocp.AsyncCheckpointer(self._handler, timeout_secs=_TIMEOUT_S)
+        check_shared_folder(self.folder)
         if self._primary:
             self._remove_leftovers()
 
