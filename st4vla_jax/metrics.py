@@ -1,8 +1,9 @@
 """Where a run's numbers go: metrics.jsonl always, TensorBoard event files, Weights & Biases.
 
-A step's number is the count of updates done before it.  A run that resumes at step s writes step s
-and later ones again, so what an interrupted run had written of them is dropped first: the file of a
-resumed run equals an uninterrupted one's but for what `is_wall_clock`.
+What is written at step s is known when s updates are done, and before their checkpoint is complete.
+A run that resumes from the checkpoint of step s does the later updates again, so what an
+interrupted run had written of them is dropped first: the file of a resumed run equals an
+uninterrupted one's but for what `is_wall_clock`.
 
 Event files are written without TensorFlow: TFRecord framing (data/tfrecord.py) around hand-coded
 protobufs (tensorflow/core/util/event.proto, tensorflow/core/framework/summary.proto).
@@ -78,7 +79,8 @@ class MetricWriter:
         Args:
           workdir: folder of the run, created if need be.
           process_index: of this process.
-          first_step: that this process will write; what is there of it and later ones is dropped.
+          first_step: updates that are done, of the checkpoint that the run resumes from; what is
+            there of later ones is dropped.  0: nothing is done, all is dropped.
           wandb: None leaves it out.  Without the package, or where it does not start, a warning is
             logged and the run goes on (offline if that can be had).
           tensorboard: False writes no event files.
@@ -106,7 +108,7 @@ class MetricWriter:
         float() read them.
 
         Args:
-          step: number of the update.
+          step: updates that are done.
           metrics: area/name to a number (a Python, numpy or concrete jax scalar).
 
         Raises:
@@ -211,14 +213,14 @@ def read_metrics(workdir: Path | str) -> list[dict[str, float]]:
 
 
 def drop_steps(path: Path, first_step: int) -> None:
-    """Drops the lines of ``first_step`` and later ones, and what is no complete line, at once.
+    """Drops, at once, the lines of more updates than ``first_step``, and what is no complete line.
 
-    A process killed at any moment leaves either the old file or the new one.
+    Of 0 all lines are dropped, since no checkpoint stands behind them.  A process killed at any moment leaves either the old file or the new one.
     """
     if not path.exists():
         return
-    data = path.read_bytes()
-    kept = b"".join(line for line in data.splitlines(True) if _step_of(line) < first_step)
+    data, last = path.read_bytes(), first_step or -1
+    kept = b"".join(line for line in data.splitlines(True) if _step_of(line) <= last)
     if kept != data:
         _replace(path, kept)
 
@@ -281,14 +283,14 @@ class EventFile:
     """One TensorBoard event file of a process."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """Begins a file; a viewer drops what older files say of ``first_step`` and later ones."""
+        """Begins a file; a viewer drops what older files say of more updates than ``first_step``."""
         folder.mkdir(parents=True, exist_ok=True)
         # Named after the time, since viewers read the files of a run in the order of their names.
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         self._file = (folder / name).open("ab")
         self._event(_bytes_field(3, "brain.Event:2"), 0)
-        if first_step:
-            self._event(_bytes_field(7, _int_field(1, _SESSION_START)), first_step)
+        dropped = first_step + 1 if first_step else 0
+        self._event(_bytes_field(7, _int_field(1, _SESSION_START)), dropped)
 
     def scalars(self, step: int, values: Mapping[str, float], now: float | None = None) -> None:
         """One event with a value a tag, rounded to f32 as the format has it."""

@@ -42,12 +42,20 @@ def lines(workdir):
 
 
 @pytest.mark.parametrize("killed_after", [3, 4, 6])
-def test_a_resumed_run_writes_the_file_of_an_uninterrupted_one(tmp_path, killed_after):
+@pytest.mark.parametrize("saved", [0, 3])
+def test_a_resumed_run_writes_the_file_of_an_uninterrupted_one(tmp_path, killed_after, saved):
+    """Lines 1 to 6; what was written at step 3 stands before the checkpoint of step 3."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    write_steps(whole, range(6))
-    write_steps(parts, range(killed_after))
-    write_steps(parts, range(3, 6), first=3)
+    write_steps(whole, range(1, 7))
+    write_steps(parts, range(1, killed_after + 1))
+    write_steps(parts, range(saved + 1, 7), first=saved)
     assert lines(parts) == lines(whole) and len(lines(whole)) == 9
+
+
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
+    write_steps(tmp_path, range(3))
+    write_steps(tmp_path, range(2))
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 1]
 
 
 def test_a_line_cut_off_by_a_kill_goes(tmp_path):
@@ -70,7 +78,7 @@ def test_a_crash_while_dropping_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", crash)
     with pytest.raises(KeyboardInterrupt):
-        MetricWriter(tmp_path, process_index=0, first_step=2)
+        MetricWriter(tmp_path, process_index=0, first_step=1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
@@ -183,9 +191,12 @@ def test_event_file(tmp_path, event_class):
     writer.write(5, {"loss/total": 0.1, "é": math.nan, "big": 1e300})
     writer.text(6, "config", "a: 1\nb: ü")
     path = writer.image(2**40, "first/batch", picture)
-    head, scalars, text, image = events(tmp_path, event_class)  # before close: all is flushed
+    head, start, scalars, text, image = events(
+        tmp_path, event_class
+    )  # before close: all is flushed
 
     assert head.file_version == "brain.Event:2" and abs(head.wall_time - time.time()) < 60
+    assert start.session_log.status == 1 and start.step == 0
     assert scalars.step == 5 and [v.tag for v in scalars.summary.value] == [
         "loss/total",
         "é",
@@ -206,12 +217,12 @@ def test_event_file(tmp_path, event_class):
 
 
 def test_a_resumed_run_tells_viewers_to_forget_later_steps(tmp_path, event_class):
-    write_steps(tmp_path, range(4))
-    write_steps(tmp_path, range(2, 4), first=2)
+    write_steps(tmp_path, range(1, 4))
+    write_steps(tmp_path, range(3, 4), first=2)
     found = events(tmp_path, event_class)
     starts = [e for e in found if e.HasField("session_log")]
-    assert [(e.step, e.session_log.status) for e in starts] == [(2, 1)]
-    assert [e.step for e in found if e.HasField("summary")] == [0, 1, 1, 2, 3, 3, 2, 3, 3]
+    assert [(e.step, e.session_log.status) for e in starts] == [(0, 1), (3, 1)]
+    assert [e.step for e in found if e.HasField("summary")] == [1, 1, 2, 3, 3, 3, 3]
 
 
 def test_no_event_files_if_not_wanted(tmp_path):
@@ -224,7 +235,7 @@ def test_tensorboard_reads_it(tmp_path):
     module = "tensorboard.backend.event_processing.event_accumulator"
     accumulator = pytest.importorskip(module).EventAccumulator
     write_steps(tmp_path, range(4))
-    writer = MetricWriter(tmp_path, process_index=0, first_step=2)
+    writer = MetricWriter(tmp_path, process_index=0, first_step=1)
     writer.write(2, {"loss/total": 8.0})
     writer.text(2, "config", "a: 1")
     writer.image(2, "batch", np.zeros((4, 6, 3), np.uint8))
