@@ -213,9 +213,10 @@ def read_metrics(workdir: Path | str) -> list[dict[str, float]]:
 
 
 def drop_steps(path: Path, first_step: int) -> None:
-    """Drops, at once, the lines of more updates than ``first_step``, and what is no complete line.
+    """Drops, at once, the lines of more updates than ``first_step``, and what is no whole line.
 
-    Of 0 all lines are dropped, since no checkpoint stands behind them.  A process killed at any moment leaves either the old file or the new one.
+    Of 0 all lines are dropped, since no checkpoint stands behind them.  A process killed at any
+    moment leaves either the old file or the new one.
     """
     if not path.exists():
         return
@@ -283,7 +284,7 @@ class EventFile:
     """One TensorBoard event file of a process."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """Begins a file; a viewer drops what older files say of more updates than ``first_step``."""
+        """Begins a file; viewers drop what older ones say of more updates than ``first_step``."""
         folder.mkdir(parents=True, exist_ok=True)
         # Named after the time, since viewers read the files of a run in the order of their names.
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
