@@ -1,7 +1,8 @@
 """Model configs: frozen dataclasses with presets, checked before anything is built.
 
 Sizes are presets in code (`model_config(vlm="3b", dino="s", dit="b")`); a checkpoint's sizes are
-read from its shapes by convert_weights.  `Runtime` says how to compute, never what.
+read from its shapes by convert_weights.  How to compute is not here but in runtime.py, whose names
+are importable from here too.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import dataclasses
 import difflib
 from typing import Any
 
-import jax.numpy as jnp
-
 from st4vla_jax.batch import VISION_BIN
-from st4vla_jax.sharding import Rules
+from st4vla_jax.runtime import FLOAT32 as FLOAT32
+from st4vla_jax.runtime import DTypes as DTypes
+from st4vla_jax.runtime import Runtime as Runtime
 
 
 class ConfigError(ValueError):
@@ -238,37 +239,6 @@ class ModelConfig:
         return [text for text, bad in checks.items() if bad]
 
 
-@dataclasses.dataclass(frozen=True)
-class DTypes:
-    """The one place for precision: ``params`` as stored for training, ``compute`` for matmuls.
-
-    ``action`` is the DiT's matmul dtype: upstream runs it in float32 (spec 1.9).  Norms, softmax,
-    losses and diffusion arithmetic are float32 always.
-    """
-
-    params: Any = jnp.float32
-    compute: Any = jnp.bfloat16
-    action: Any = jnp.float32
-
-
-@dataclasses.dataclass(frozen=True)
-class Runtime:
-    """How to compute: precision, layout, rematerialisation, tile sizes.
-
-    Attributes:
-      remat: "none", "full" or "dots" (models/layers.py).
-      query_chunk: rows of queries that full attention handles at a time off TPU; 0 = all.
-      vocab_tile: vocabulary entries of one tile of the next-token loss.
-    """
-
-    dtypes: DTypes = DTypes()
-    rules: Rules = Rules()
-    remat: str = "full"
-    query_chunk: int = 1024
-    vocab_tile: int = 16_384
-
-
-FLOAT32 = Runtime(dtypes=DTypes(compute=jnp.float32))
 _VISION_LARGE = VisionConfig(intermediate_size=3456)
 _BIG_TEXT = TextConfig(vocab_size=152_064, tie_word_embeddings=False)
 

@@ -17,7 +17,7 @@ from flax import struct
 
 from st4vla_jax.config import Runtime, TextConfig
 from st4vla_jax.models import kv_cache
-from st4vla_jax.models.attention import attention
+from st4vla_jax.models.attention import attention, segment_mask
 from st4vla_jax.models.kv_cache import KVCache
 from st4vla_jax.models.layers import Embed, Linear, RMSNorm, Stack, layer_slice, scan_blocks
 from st4vla_jax.models.mrope import RotaryTables, rotary_tables, rotate
@@ -80,6 +80,7 @@ class SelfAttention(nn.Module):
         segment_ids: Array,
         cache: KVCache | None = None,
         layer: Array | None = None,
+        mask: Array | None = None,
     ) -> tuple[Array, KVCache | None]:
         """Maps x [B,T,D] to ([B,T,D], cache with this layer's new keys and values)."""
         cfg, rt = self.cfg, self.rt
@@ -101,7 +102,8 @@ class SelfAttention(nn.Module):
             kv_segments, offset = cache.segment_ids, cache.length
         out = attention(
             q, k, v, q_segments=segment_ids, kv_segments=kv_segments, causal=True,
-            q_offset=offset, query_chunk=rt.query_chunk,
+            q_offset=offset, query_chunk=rt.query_chunk, kernel=rt.attention, mask=mask,
+            rules=rt.rules,
         )  # fmt: skip
         out = constrain(out, rt.rules, "batch", "act_seq", "act_heads", None)
         out = linear(
@@ -145,6 +147,7 @@ class DecoderBlock(nn.Module):
         segment_ids: Array,
         cache: KVCache | None = None,
         layer: Array | None = None,
+        mask: Array | None = None,
     ) -> tuple[Array, KVCache | None]:
         cfg, rt = self.cfg, self.rt
         norm = partial(
@@ -152,7 +155,7 @@ class DecoderBlock(nn.Module):
         )
         with jax.named_scope("self_attn"):
             y, cache = SelfAttention(cfg, rt, name="self_attn")(
-                norm(name="input_layernorm")(x), rope, segment_ids, cache, layer
+                norm(name="input_layernorm")(x), rope, segment_ids, cache, layer, mask
             )
             x = x + y
         with jax.named_scope("mlp"):
@@ -248,11 +251,16 @@ class LanguageModel(nn.Module):
         depth = self.cfg.num_hidden_layers
         block = DecoderBlock(self.cfg, self.rt, parent=None)
         stack = self.blocks()
+        mask = None
+        if cache is None:
+            mask = segment_mask(
+                self.rt.attention, x.dtype, self.cfg.head_dim, segment_ids, segment_ids, True
+            )
 
         def body(state, inputs):
             x, carry, cache = state
             params, layer, tap_x = inputs
-            x, cache = block.apply({"params": params}, x, rope, segment_ids, cache, layer)
+            x, cache = block.apply({"params": params}, x, rope, segment_ids, cache, layer, mask)
             if tap_x is not None:
                 carry = tap.fn(carry, tap_x, x)
             return x, carry, cache

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from st4vla_jax.batch import VISION_BIN
 from st4vla_jax.config import Runtime, VisionConfig
 from st4vla_jax.data.image import IMAGE_MEAN, IMAGE_STD
-from st4vla_jax.models.attention import attention
+from st4vla_jax.models.attention import attention, segment_mask
 from st4vla_jax.models.layers import (
     REMAT_POLICIES,
     Linear,
@@ -122,7 +122,9 @@ class VisionAttention(nn.Module):
     rt: Runtime
 
     @nn.compact
-    def __call__(self, x: Array, cos: Array, sin: Array, segments: Array) -> Array:
+    def __call__(
+        self, x: Array, cos: Array, sin: Array, segments: Array, mask: Array | None = None
+    ) -> Array:
         """Attends among equal segment ids.
 
         Args:
@@ -130,6 +132,7 @@ class VisionAttention(nn.Module):
           cos: f32[B,P,H/2] from `rotary_tables`.
           sin: f32[B,P,H/2].
           segments: i32[B,P] over the row or i32[B,W,64] within bins.
+          mask: `segment_mask` of the segments.
 
         Returns:
           [B,P,D].
@@ -143,8 +146,9 @@ class VisionAttention(nn.Module):
         parts = (qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2])
         q, k, v = (part.reshape(*segments.shape, *heads) for part in parts)
         out = attention(
-            q, k, v, q_segments=segments, kv_segments=segments, query_chunk=rt.query_chunk
-        )
+            q, k, v, q_segments=segments, kv_segments=segments, query_chunk=rt.query_chunk,
+            kernel=rt.attention, mask=mask, rules=rt.rules,
+        )  # fmt: skip
         out = out.reshape(*x.shape[:2], *heads)
         return linear(rt, "proj", heads, (cfg.hidden_size,), (*names, "vision_embed"))(out)
 
@@ -173,12 +177,14 @@ class VisionBlock(nn.Module):
     rt: Runtime
 
     @nn.compact
-    def __call__(self, x: Array, cos: Array, sin: Array, segments: Array) -> Array:
+    def __call__(
+        self, x: Array, cos: Array, sin: Array, segments: Array, mask: Array | None = None
+    ) -> Array:
         """Arguments and result as `VisionAttention`."""
         cfg, rt = self.cfg, self.rt
         x = constrain(x, rt.rules, "batch", "act_seq", "act_embed")
         y = norm(cfg, rt, "norm1")(x)
-        x = x + VisionAttention(cfg, rt, name="attn")(y, cos, sin, segments)
+        x = x + VisionAttention(cfg, rt, name="attn")(y, cos, sin, segments, mask)
         x = x + VisionMlp(cfg, rt, name="mlp")(norm(cfg, rt, "norm2")(x))
         return constrain(x, rt.rules, "batch", "act_seq", "act_embed")
 
@@ -239,7 +245,7 @@ class VisionTower(nn.Module):
         return PatchMerger(cfg, rt, name="merger")(x)
 
     def _block_example(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        lead = (1, VISION_BIN)
+        lead = (1, 1)
         table = jax.ShapeDtypeStruct((*lead, self.cfg.head_dim // 2), jnp.float32)
         x = jax.ShapeDtypeStruct((*lead, self.cfg.hidden_size), self.rt.dtypes.compute)
         return x, table, table, jax.ShapeDtypeStruct(lead, jnp.int32)
@@ -256,8 +262,8 @@ class VisionTower(nn.Module):
         """Scans each run of equal groups: windowed blocks, by an inner scan, then a full one."""
         cfg, policy = self.cfg, self.rt.remat
         bins = patch_window.reshape(patch_window.shape[0], -1, VISION_BIN)
-        windowed_block = _block_step(block, tables, bins, "vision_windowed_block", policy)
-        full_block = _block_step(block, tables, patch_image, "vision_full_block", policy)
+        windowed_block = _block_step(block, tables, bins, "vision_windowed_block")
+        full_block = _block_step(block, tables, patch_image, "vision_full_block")
         start = 0
         for windowed, full, repeats in block_groups(cfg.depth, cfg.fullatt_block_indexes):
             size = windowed + full
@@ -281,15 +287,17 @@ _BLOCK_INPUT = "vision_block_input"
 
 
 def _block_step(
-    block: VisionBlock, tables: tuple[Array, Array], segments: Array, scope: str, policy: str
+    block: VisionBlock, tables: tuple[Array, Array], segments: Array, scope: str
 ) -> Callable[[Array, Params], Array]:
     """(x, parameters of one block) -> x, rematerialised; its input is what a group keeps."""
+    cfg, rt = block.cfg, block.rt
+    mask = segment_mask(rt.attention, rt.dtypes.compute, cfg.head_dim, segments, segments)
 
     def apply(x, params):
         with jax.named_scope(scope):
-            return block.apply({"params": params}, x, *tables, segments)
+            return block.apply({"params": params}, x, *tables, segments, mask)
 
-    apply = remat(apply, policy)
+    apply = remat(apply, rt.remat)
     return lambda x, params: apply(checkpoint_name(x, _BLOCK_INPUT), params)
 
 
