@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from st4vla_jax.checkpoint import (
 from st4vla_jax.config import ConfigError
 from st4vla_jax.data.pipeline import Pipeline
 from st4vla_jax.data.settings import DataSettings, open_pipeline
-from st4vla_jax.distributed import data_share
+from st4vla_jax.distributed import data_block
 from st4vla_jax.models.lora import LORA_A, LORA_B, add_lora, lora_problems
 from st4vla_jax.models.st4vla import ST4VLA
 from st4vla_jax.optim import Optimizer, coverage_problems
@@ -129,7 +130,7 @@ def prepare(config: TrainConfig, workdir: Path | str, flags: RunFlags = RunFlags
     sources = {part: path for part in PARTS if (path := config.init.source(part))}
     folders, base = _sources(config, sources, abstract, problems)
     settings = _data_settings(config, base)
-    pipeline = mesh and attempt(problems, lambda: _open(settings, mesh, config.accumulation))
+    pipeline = mesh and attempt(problems, lambda: _open(settings, mesh, config))
     if pipeline:
         problems += _tokenizer_problems(pipeline, config)
     if problems:
@@ -260,27 +261,28 @@ def _data_settings(config: TrainConfig, base: Path | None) -> DataSettings:
     return dataclasses.replace(config.data, tokenizer=str(base / "meta" / "tokenizer"))
 
 
-def _open(settings: DataSettings, mesh: Mesh, accumulation: int, part: str = "train") -> Pipeline:
+def _open(settings: DataSettings, mesh: Mesh, config: TrainConfig, part: str = "train") -> Pipeline:
     """This process's part of the data; sequences divide by devices and microbatches."""
-    blocks = mesh.shape["data"] * mesh.shape["fsdp"]
-    multiple = blocks * (accumulation if part == "train" else 1)
+    rules = config.runtime.rules
+    blocks = math.prod(mesh.shape[axis] for axis in rules.mesh_axes("batch"))
+    multiple = blocks * (config.accumulation if part == "train" else 1)
     schedule = settings.schedule
     if schedule.sequences % multiple:
         raise ConfigError(
-            f"data.schedule.sequences {schedule.sequences} is no multiple of data x fsdp x "
-            f"accumulation = {multiple}; leave it 0 to have it chosen"
+            f"data.schedule.sequences {schedule.sequences} is no multiple of {multiple} "
+            "(devices along the batch x accumulation); leave it 0 to have it chosen"
         )
     settings = dataclasses.replace(
         settings, schedule=dataclasses.replace(schedule, multiple=multiple)
     )
-    host, num_hosts = data_share(mesh)
+    host, num_hosts = data_block(mesh, rules)
     return open_pipeline(settings, part=part, host=host, num_hosts=num_hosts)
 
 
 def open_held_out(setup: Setup) -> Pipeline:
     """The held-out part of the run's data."""
     settings = _data_settings(setup.config, setup.sources.get("vlm"))
-    return _open(settings, setup.mesh, 1, "held_out")
+    return _open(settings, setup.mesh, setup.config, "held_out")
 
 
 def _tokenizer_problems(pipeline: Pipeline, config: TrainConfig) -> list[str]:

@@ -6,6 +6,7 @@ and threads.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -93,6 +94,12 @@ class Pipeline:
     def bad_records(self) -> list[str]:
         """A message for each record that became padding so far."""
         return self._bad.names()
+
+    def whole(self) -> Pipeline:
+        """The same pipeline with all sequences of the global batch, on this host."""
+        other = copy.copy(self)
+        other.rows = range(self.schedule.sequences)
+        return other
 
     def batches(self, step: int = 0) -> Batches:
         """This host's part of the batches of step, step + 1, ...; numpy, without end."""

@@ -1,0 +1,81 @@
+"""Runs one step of a run again, exactly: the batch, its picture, its samples and its metrics."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+
+from st4vla_jax.data.batch_picture import batch_picture
+from st4vla_jax.distributed import global_batch
+from st4vla_jax.metrics import read_metrics
+from st4vla_jax.train_checkpoints import complete_steps
+from st4vla_jax.train_lib import sample_ids
+from st4vla_jax.train_setup import Setup
+from st4vla_jax.train_start import compile_step, first_state
+from st4vla_jax.train_step import by_group
+
+
+def replay(setup: Setup, step: int) -> int:
+    """Goes from the nearest checkpoint at or before ``step`` to it and runs it; saves no state.
+
+    Writes WORKDIR/replay/STEP/: batch.png, samples.json, metrics.json; prints where the metrics
+    differ from those that the run logged for that step.
+
+    Returns:
+      the exit status: 0 if nothing differs from what was logged, or nothing was.
+    """
+    folder = setup.workdir / "replay" / str(step)
+    folder.mkdir(parents=True, exist_ok=True)
+    before = [s for s in complete_steps(setup.checkpoints.folder) if s <= step]
+    setup.resume_step = before[-1] if before else None
+    try:
+        with jax.set_mesh(setup.mesh):
+            metrics = _run(setup, step, folder)
+    finally:
+        setup.checkpoints.close()
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    samples = sample_ids(setup, step)
+    (folder / "samples.json").write_text(json.dumps(samples, indent=1), encoding="utf-8")
+    print(f"step {step}: {folder}")
+    for name, value in metrics.items():
+        print(f"  {name:<32}{value:.8g}")
+    return _compared(setup, step, metrics)
+
+
+def _run(setup: Setup, step: int, folder) -> dict[str, float]:
+    state = first_state(setup, print)
+    start = setup.resume_step or 0
+    overfit = setup.flags.overfit_one_batch
+    batches = setup.pipeline.batches(0 if overfit else start)
+    compiled = None
+    for number in range(start, step + 1):
+        if compiled is None or not overfit:
+            batch = next(batches)
+        if compiled is None:
+            compiled = compile_step(setup, batch)
+        state, metrics = compiled(
+            state, global_batch(batch, setup.mesh, setup.config.runtime.rules)
+        )
+        print(f"  ran step {number}")
+    batches.close()
+    tokenizer = setup.pipeline.data_sets[0].encoders[0].tokenizer
+    batch_picture(batch, tokenizer).save(folder / "batch.png")
+    values = jax.device_get(metrics)
+    groups = by_group(values, setup.groups)
+    return {name: float(value) for name, value in values.items()} | groups
+
+
+def _compared(setup: Setup, step: int, metrics: dict[str, float]) -> int:
+    """Compares with the line that the run wrote after this step, if it did."""
+    logged = [line for line in read_metrics(setup.workdir) if line["step"] == step + 1]
+    line = next((line for line in logged if "loss/total" in line), None)
+    if line is None:
+        print(f"the run logged no metrics after step {step} (log.every)")
+        return 0
+    differing = [n for n in metrics if n in line and line[n] != metrics[n]]
+    for name in differing:
+        print(f"differs: {name} was {line[name]:.8g}, is {metrics[name]:.8g}")
+    if not differing:
+        print(f"equal to what the run logged, all {len(metrics)} numbers")
+    return int(bool(differing))
