@@ -86,61 +86,53 @@ with distributed.ending_together(heartbeat):
 """
 
 
-@pytest.fixture(scope="module")
-def preempted(tmp_path_factory):
-    """(folder, logs, exit codes) of two processes that go on from one's checkpoint."""
-    folder = tmp_path_factory.mktemp("processes")
+def test_two_processes_as_one_run(tmp_path):
+    """They compare notes, go on from the checkpoint of a single one, and stop at SIGTERM to one."""
+    workdir = tmp_path / "w"
     for i in "01":
-        (folder / "w" / i).mkdir(parents=True)
-    checkpoints = run_state.open_checkpoints(folder / "w")
-    mesh = make_mesh(1, 8, 1)
-    checkpoints.save(run_state.on_mesh(run_state.numpy_state(3), mesh), run_state.RUN)
+        (workdir / i).mkdir(parents=True)
+    checkpoints = run_state.open_checkpoints(workdir)
+    state = run_state.numpy_state(3)
+    checkpoints.save(run_state.on_mesh(state, make_mesh(1, 8, 1)), run_state.RUN)
     checkpoints.close()
-    with Processes(RUN, 2, [folder / "w", HEARTBEAT_S], folder) as processes:
-        processes.await_line("step 8")
+    with Processes(RUN, 2, [workdir, HEARTBEAT_S], tmp_path) as processes:
+        processes.await_line("step 8\n")
         processes.signal(1, signal.SIGTERM)
         codes = processes.codes()
-        yield folder / "w", [processes.log(0), processes.log(1)], codes
+        logs = [processes.log(0), processes.log(1)]
+    for i, log in enumerate(logs):
+        assert_agreement_is_named(log)
+        assert_rows(log, i)
+        assert "restored: 3 bytes 256\n" in log  # half of 16 x 8 floats
 
-
-def test_agreement_names_the_process_and_the_key(preempted):
-    for log in preempted[1]:
-        (text,) = re.findall(r"differ: .*\n.*", log)
-        assert re.search(r"process 1 \(.+\): config is tea, of process 0 .*it is c0ffee", text)
-        assert "step" not in text and "process 0 (" not in text.split("of process 0")[0]
-        assert re.search(r"not shared: .*/w/[01]: process 1 \(.+\) does not see", log)
-
-
-def test_each_process_brings_its_rows(preempted):
-    total = (np.arange(24).reshape(8, 3) * np.arange(8)[:, None]).sum()
-    for i, log in enumerate(preempted[1]):
-        assert f"batch: ({i}, 2) (8, 3) {total}" in log
-        assert f"batch: (0, 1) (8, 3) {total}" in log  # split by tensor alone: the same rows
-
-
-def test_sigterm_to_one_stops_all_at_one_step(preempted):
-    folder, logs, codes = preempted
     assert codes == [RESTART_EXIT_CODE] * 2
-    saved = {re.search(r"saved (\d+)", log)[1] for log in logs}
+    saved = {re.search(r"saved (\d+)\n", log)[1] for log in logs}
     assert len(saved) == 1
     step = int(saved.pop())
     assert step >= 8 and all(f"step {step}\n" in log for log in logs)
     assert not any(f"step {step + 1}\n" in log for log in logs)
 
-
-def test_one_process_to_two_and_back(preempted):
-    folder, logs, _ = preempted
-    state = run_state.numpy_state(3)
-    assert all("restored: 3 bytes 256\n" in log for log in logs)  # half of 16 x 8 floats each
-    checkpoints = run_state.open_checkpoints(folder)
-    step = checkpoints.latest()
-    wanted = state
-    for _ in range(step - 3):
-        wanted = run_state.update(wanted)
-    mesh = make_mesh(2, 2, 2)
-    found = checkpoints.restore(step, run_state.abstract(state, mesh))
+    checkpoints = run_state.open_checkpoints(workdir)
+    assert checkpoints.latest() == step
+    found = checkpoints.restore(step, run_state.abstract(state, make_mesh(2, 2, 2)))
     checkpoints.close()
-    run_state.assert_same(found, wanted.replace(step=np.int32(step)))
+    for _ in range(step - 3):
+        state = run_state.update(state)
+    run_state.assert_same(found, state.replace(step=np.int32(step)))
+
+
+def assert_agreement_is_named(log):
+    (text,) = re.findall(r"differ: .*\n.*", log)
+    assert re.search(r"process 1 \(.+\): config is tea, of process 0 .*it is c0ffee", text)
+    assert "step" not in text and "process 0 (" not in text.split("of process 0")[0]
+    assert re.search(r"not shared: .*/w/[01]: process 1 \(.+\) does not see", log)
+
+
+def assert_rows(log, i):
+    """Each process brings its rows; split by tensor alone, the same ones."""
+    total = (np.arange(24).reshape(8, 3) * np.arange(8)[:, None]).sum()
+    for blocks in ((i, 2), (0, 1)):
+        assert f"batch: {blocks} (8, 3) {total}\n" in log
 
 
 @pytest.mark.parametrize("victim", [0, 1])
