@@ -2,10 +2,10 @@
 
 python -m st4vla_jax.tabletop.dataset --episodes 2000 --grounding 4000 --generic 8000 --out DIR
 
-  DIR/tabletop/1.0.0          episodes, array_record shards that tfds reads (robot spec "tabletop")
-  DIR/grounding/records.jsonl boxes, points, traces and relations in robot scenes (stage 1, co-training)
-  DIR/generic/records.jsonl   the same of other shapes, without a robot (stage 0)
-  DIR/settings.json           what was asked for
+  DIR/tabletop/1.0.0           episodes in array_record shards, robot spec "tabletop"
+  DIR/grounding/records.jsonl  boxes, points, traces, relations in robot scenes (stage 1, 2)
+  DIR/generic/records.jsonl    the same of other shapes, without a robot (stage 0)
+  DIR/settings.json            what was asked for
 
 Everything follows from the seed.  A run that is cut short continues by the same command: finished
 shards and folders are kept; other settings are refused.
@@ -78,7 +78,9 @@ def write_dataset(
 
     Args:
       out: folder; see the module's docstring.
-      episodes, grounding, generic: how many; none of a kind makes no folder for it.
+      episodes: how many demonstrations.
+      grounding: how many records of robot scenes.
+      generic: how many of other pictures; none of a kind makes no folder for it.
       seed: of everything.
       split: see `sampling.SPLITS`; names the tfds split too.
       tasks: in turn.
@@ -95,7 +97,7 @@ def write_dataset(
     }  # fmt: skip
     _check(settings, workers)
     _claim(out, settings)
-    with _workers(workers) as records:
+    with _Workers(workers) as records:
         if episodes:
             run(_episodes(settings, records), out / NAME / VERSION, threads=1)
         for name, count, make in (
@@ -165,7 +167,7 @@ def _code_digest() -> str:
 # --- Workers ------------------------------------------------------------------------------------
 
 
-class _workers:  # noqa: N801 (a context manager in the manner of a function)
+class _Workers:
     """Gives a function that makes records in order, in this process or in several."""
 
     def __init__(self, count: int) -> None:

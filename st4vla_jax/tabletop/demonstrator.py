@@ -1,4 +1,4 @@
-"""The scripted demonstrator: one step of what to do, from the state alone, so it recovers by itself.
+"""The scripted demonstrator: what to do next, from the state alone, so that it recovers by itself.
 
 Its commands are disturbed when they are executed: the data then show how to get back.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from st4vla_jax.tabletop.scene import OBLONG, TABLE, Body
+from st4vla_jax.tabletop.scene import OBLONG, Body
 from st4vla_jax.tabletop.tasks import Goal
 from st4vla_jax.tabletop.world import (
     FLOOR,
@@ -31,6 +31,7 @@ _HOVER = 0.12  # m, height to travel at: over a stack of two, with an object in 
 _SAFE = 0.07  # m, over every single object
 _CLOSE = 0.012  # m, near enough to grasp, let go or push
 _NEAR_GAP = 0.016  # m, between two objects that are put near each other
+_DIRECTIONS = 24  # that are tried for it
 
 
 class CommandNoise:
@@ -96,7 +97,8 @@ def _descend(
 
     Args:
       tip: now.
-      dx, dy: m, to the place.
+      dx: m, to the place.
+      dy: likewise.
       low: m, the tips' height at the end.
       height: m, what is to be lifted over the table first: the tips', or of what they hold.
       is_open: command of the gripper.
@@ -145,7 +147,7 @@ def _grasp(world: World, index: int) -> _Move:
 
 
 def _nearest_turn(yaw: float, now: float) -> float:
-    """rad to a yaw that the wrist can have and that grips an oblong body."""
+    """Angle (rad) to a yaw that the wrist can have and that grips an oblong body."""
     return half_turn(yaw) - now if abs(half_turn(yaw - now)) > GRASP_YAW / 3 else 0.0
 
 
@@ -187,14 +189,19 @@ def near_spot(bodies: Sequence[Body], body: Body, other: Body) -> tuple[float, f
     """The free place near ``other`` that is nearest to ``body``, (x, y)."""
     apart = body.radius + other.radius + _NEAR_GAP
     rest = [b for b in bodies if b is not body and b is not other and b.kind != "mat"]
-    start = math.atan2(body.y - other.y, body.x - other.x)
-    for turn in range(13):  # left and right in turn, away from the nearest direction
-        angle = start + (1, -1)[turn % 2] * ((turn + 1) // 2) * math.tau / 12
-        x, y = other.x + apart * math.cos(angle), other.y + apart * math.sin(angle)
-        reachable = LOW[0] < x < HIGH[0] and LOW[1] < y < HIGH[1] and abs(x) < TABLE
-        if reachable and all(b.distance(x, y) > b.radius + body.radius + 0.008 for b in rest):
-            return x, y
-    return None
+    # Directions of the table, not of the body: those that are free stay free while it is carried.
+    spots = [
+        (other.x + apart * math.cos(angle), other.y + apart * math.sin(angle))
+        for angle in (math.tau * i / _DIRECTIONS for i in range(_DIRECTIONS))
+    ]
+    free = [
+        (x, y)
+        for x, y in spots
+        if LOW[0] + _CLOSE < x < HIGH[0] - _CLOSE
+        and LOW[1] + _CLOSE < y < HIGH[1] - _CLOSE
+        and all(b.distance(x, y) > b.radius + body.radius + 0.008 for b in rest)
+    ]
+    return min(free, key=lambda spot: body.distance(*spot), default=None)
 
 
 def _push_to(world: World, goal: Goal) -> _Move:

@@ -58,7 +58,9 @@ def demonstrate(
 
     Args:
       env: is reset.
-      seed, task, split: as for `Tabletop.reset`.
+      seed: as for `Tabletop.reset`.
+      task: likewise.
+      split: likewise.
       noise: disturb what is executed, see `CommandNoise`.
     """
     disturb = CommandNoise(np.random.default_rng([seed, _NOISE_STREAM]))

@@ -101,7 +101,8 @@ def generic_example(seed: int, index: int, size: int = 112, kind: str | None = N
     """A picture and a question about it.
 
     Args:
-      seed, index: equal ones give an equal record.
+      seed: of the data set.
+      index: of the record; equal ones give an equal record.
       size: pixels of the picture's side.
       kind: box, point or text; default: drawn.
 

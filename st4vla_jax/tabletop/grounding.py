@@ -1,7 +1,7 @@
-"""Ground truth in pixels, and grounding questions about robot scenes: boxes, points, traces, words.
+"""Ground truth in pixels, and questions about robot scenes: boxes, points, traces, words.
 
-Pixels are those of the overhead picture, (u, v) right and down, continuous: a box's second corner is
-the right and lower edge of its last pixels.
+Pixels are those of the overhead picture, (u, v) right and down, continuous: a box's second corner
+is the right and lower edge of its last pixels.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def robot_example(
     """A grounding record about a moment of a demonstration.
 
     Args:
-      seed, index: equal ones give an equal record; no scene is one of an episode.
+      seed: of the data set.
+      index: of the record; equal ones give an equal record, no scene is one of an episode.
       split: see `sampling.SPLITS`.
       size: pixels of the picture's side.
       kind: box, point, trajectory or relation; default: drawn.

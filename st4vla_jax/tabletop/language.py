@@ -57,7 +57,11 @@ def _attributes(scene: Scene, index: int) -> list[str]:
     others = [other for i, other in enumerate(scene.bodies) if i != index]
     found = []
     if all(other.colour != body.colour for other in others):
-        found += [f"the {body.colour} object", f"the {body.colour} thing"]
+        found += [f"the {body.colour} thing"]
+    if body.kind != "object":
+        return found
+    if found:
+        found += [f"the {body.colour} object"]
     sizes = [other.size for other in others if other.kind == "object"]
     if sizes and body.size >= _SIZE_RATIO * max(sizes):
         found += ["the largest object", "the big object"]
@@ -69,7 +73,7 @@ def _attributes(scene: Scene, index: int) -> list[str]:
 def _places(scene: Scene, index: int) -> list[str]:
     body = scene.bodies[index]
     rivals = [scene.bodies[i] for i in scene.objects if i != index]
-    if not rivals:
+    if not rivals or body.kind != "object":
         return []
     found = []
     for word, value in (
@@ -136,10 +140,13 @@ def instruction(
       paraphrase: use PARAPHRASES.
     """
     clauses = []
+    moved = [scene.bodies[goal.target].name for goal in goals if goal.target != HANDLE]
     for goal in goals:
         # Of two steps with a slider and an object, the slider has no place of its own to name.
         own = "name" if style == "spatial" and goal.target == HANDLE else style
         choices = expressions(scene, goal.target, own)
+        if own == "spatial":  # what will be moved is no landmark
+            choices = [text for text in choices if not any(name in text for name in moved)]
         if not choices:
             return None
         words = {"a": choices[rng.integers(len(choices))]}

@@ -100,6 +100,7 @@ class _Draw:
         self.colours = list(rng.permutation(list(COLOURS)))
         self.bodies: list[Body] = []
         self.slider: Slider | None = None
+        self.main: int | None = None  # the first object that is to be moved: splits change it
 
     def attempt(self) -> Assignment | None:
         goals = self._roles()
@@ -149,7 +150,9 @@ class _Draw:
         return (self._step(first), self._step("place"))
 
     def _step(self, kind: str) -> Goal:
-        target = self._add_object(main=True)
+        main = self.main is None
+        target = self._add_object(main=main)
+        self.main = target if main else self.main
         if kind in ("reach", "pick"):
             return Goal(kind, target)
         if kind == "place":
@@ -196,7 +199,7 @@ class _Draw:
             yaw = rng.uniform(*_TURNED) * (1, -1)[rng.integers(2)]
         low = self.split == "unseen_position"
         y = rng.uniform(-0.12, -0.09) if low else rng.uniform(0.06, 0.09)
-        x, opening = rng.uniform(-0.05, 0.05), rng.uniform(0.3, 0.7)
+        x, opening = rng.uniform(-0.05, 0.05), rng.uniform(0.35, 0.65)
         self.slider = Slider(str(wanted[0]), float(x), float(y), float(yaw), float(opening))
 
     def _distractors(self) -> None:
@@ -229,7 +232,7 @@ class _Draw:
     def _put(self, index: int, placed: Sequence[Body]) -> bool:
         """Finds a free place for a body, a few times over."""
         rng, body = self.rng, self.bodies[index]
-        region = self.split == "unseen_position" and index == 0 and body.kind == "object"
+        region = self.split == "unseen_position" and index == self.main
         area = _OBJECT_AREA if body.kind == "object" else _WIDE_AREA
         (x0, y0), (x1, y1) = UNSEEN_REGION if region else area
         for _ in range(30):
@@ -238,7 +241,7 @@ class _Draw:
             if body.kind == "object" and inside != region:
                 continue
             if self._is_free(body, placed):
-                turned = self.split == "unseen_orientation" and index == 0
+                turned = self.split == "unseen_orientation" and index == self.main
                 low, high = _TURNED if turned else (0.0, _STRAIGHT)
                 body.yaw = float(rng.uniform(low, high) * (1, -1)[rng.integers(2)])
                 return True
@@ -277,7 +280,7 @@ class _Draw:
             return False
         others = [b for b in self.bodies if b is not body and b.kind != "mat"]
         return all(
-            _segment_distance(other, (x, y), (mat.x, mat.y)) > other.radius + body.radius + _GAP
+            _segment_distance(other, (x, y), (mat.x, mat.y)) > other.radius + body.radius + 0.03
             for other in others
         )
 

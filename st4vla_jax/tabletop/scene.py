@@ -1,7 +1,7 @@
 """What lies on the table: bodies, the sliding lid, colours, shapes, and where they may be.
 
-World frame: metres; x to the right and y away from the viewer in the overhead picture, z up from the
-table's top.  The table is ``2 * TABLE`` wide and fills the picture.
+World frame: metres; x to the right and y away from the viewer in the overhead picture, z up from
+the table's top.  The table is ``2 * TABLE`` wide and fills the picture.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from st4vla_jax.tabletop.world import HANDLE, IN_CONTAINER, World, stable
 
 REACH_STEPS = 3  # control steps that the gripper must stay at the target
-LIFTED = 0.08  # m, underside of a picked object
+LIFTED = 0.07  # m, underside of a picked object
 NEAR = 0.03  # m, gap between two objects that lie near each other
 ON_MAT = 0.03  # m, centre to centre
 _REACH_DISTANCE, _REACH_ABOVE = 0.03, 0.03  # m, in the plane and over its top

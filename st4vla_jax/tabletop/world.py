@@ -86,9 +86,9 @@ class World:
             d = body.distance(moved.x, moved.y)
             if body.kind == "container" and d < body.radius and height < FLOOR:
                 height, below = FLOOR, index
-            elif body.kind == "object" and d < 0.75 * (body.radius + moved.radius):
-                if body.top > height:
-                    height, below = body.top, index
+            over = d < 0.75 * (body.radius + moved.radius) and body.top > height
+            if body.kind == "object" and over:
+                height, below = body.top, index
         return height, below
 
     def _slide(self) -> None:
@@ -126,9 +126,10 @@ class World:
 
     def _collide(self, moved: Body) -> None:
         for index, body in enumerate(self.scene.bodies):
-            if body is not moved and body.kind == "object" and body.z < moved.top:
-                if body.distance(moved.x, moved.y) < 0.8 * (body.radius + moved.radius):
-                    self.touched.add(index)
+            if body is moved or body.kind != "object" or body.z >= moved.top:
+                continue
+            if body.distance(moved.x, moved.y) < 0.8 * (body.radius + moved.radius):
+                self.touched.add(index)
 
     def _touch(self) -> None:
         """Notes what the tips are inside of."""
@@ -137,9 +138,9 @@ class World:
             top = {"object": body.top, "container": _RIM, "mat": -1.0}[body.kind]
             if tip.z < top - _SLACK and body.distance(tip.x, tip.y) < body.radius:
                 self.touched.add(index)
-        if slider and tip.z < slider.height - _SLACK:
-            if slider.distance(tip.x, tip.y) < slider.radius:
-                self.touched.add(HANDLE)
+        low = slider is not None and tip.z < slider.height - _SLACK
+        if low and slider.distance(tip.x, tip.y) < slider.radius:
+            self.touched.add(HANDLE)
 
     def _touch_index(self, index: int | None) -> None:
         if index is not None:

@@ -1,0 +1,195 @@
+import re
+
+import numpy as np
+import pytest
+
+from st4vla_jax.data.llava import check_turns
+from st4vla_jax.tabletop.demonstrator import command
+from st4vla_jax.tabletop.environment import Tabletop
+from st4vla_jax.tabletop.generic import THINGS, generic_example
+from st4vla_jax.tabletop.grounding import (
+    WAY_POINTS,
+    body_box,
+    robot_example,
+    target_box,
+    target_point,
+    tip_point,
+)
+from st4vla_jax.tabletop.render import Renderer, to_pixels
+from st4vla_jax.tabletop.sampling import sample
+from st4vla_jax.tabletop.scene import COLOURS, SHAPES, Scene
+from st4vla_jax.tabletop.tasks import TASKS
+from st4vla_jax.tabletop.world import HANDLE, Tip, World
+
+SIZE = 112
+
+
+def picture(scene, tip):
+    renderer = Renderer(SIZE, ("primary",))
+    renderer.reset(scene)
+    return renderer.draw(World(scene, tip))["primary"].astype(int)
+
+
+def mask_box(full, empty):
+    """Corners of the pixels that differ, by looking at each."""
+    rows, columns = np.nonzero(np.abs(full - empty).max(axis=-1) > 24)
+    low, high = (columns.min(), rows.min()), (columns.max() + 1, rows.max() + 1)
+    return np.array([low, high], float)
+
+
+def away(x, y):
+    """A gripper in the corner that is farthest from a place."""
+    return Tip(0.17 if x < 0 else -0.17, 0.14 if y < 0 else -0.17, 0.01, 0.0, True)
+
+
+@pytest.mark.parametrize("task", ["place", "push_to", "stack", "open_slider"])
+def test_boxes_bound_the_pixels_that_a_body_covers(task):
+    checked = 0
+    for seed in range(8):
+        scene = sample(np.random.default_rng(seed), task, "unseen_orientation").scene
+        for body in scene.bodies:
+            body.z = 0.03 * (seed % 3) if body.kind == "object" else 0.0
+            tip = away(body.x, body.y)
+            alone = Scene([body], None, scene.background, scene.texture)
+            none = Scene([], None, scene.background, scene.texture)
+            found = mask_box(picture(alone, tip), picture(none, tip))
+            assert np.abs(body_box(body, SIZE) - found).max() <= 1.0, body
+            checked += 1
+    assert checked >= 8
+
+
+def test_the_slider_s_box_is_its_lid():
+    for seed in range(6):
+        scene = sample(np.random.default_rng(seed), "open_slider", "train").scene
+        scene.bodies.clear()
+        tip = Tip(0.0, -0.17, 0.01, 0.0, True)
+        image = picture(scene, tip)
+        colour = np.array(COLOURS[scene.slider.colour])
+        rows, columns = np.nonzero(np.abs(image - colour).max(axis=-1) < 24)
+        (x0, y0), (x1, y1) = target_box(scene, HANDLE, SIZE)
+        assert x0 <= columns.min() <= x0 + 4
+        assert x1 - 5 <= columns.max() <= x1
+        assert y0 <= rows.min()
+        assert rows.max() <= y1
+        x, y = target_point(scene, HANDLE, SIZE)
+        assert (image[int(y), int(x)] > 200).all()  # the handle is white
+
+
+def test_points_lie_on_what_they_name():
+    for seed in range(20):
+        scene = sample(np.random.default_rng(seed), "pick", "train").scene
+        for index, body in enumerate(scene.bodies):
+            if body.kind == "object":
+                image = picture(scene, away(body.x, body.y))
+                x, y = target_point(scene, index, SIZE)
+                off = np.abs(image[int(y), int(x)] - COLOURS[body.colour]).max()
+                assert off < 60, (seed, body)
+
+
+def test_projection_against_hand_made_numbers():
+    assert to_pixels(0.0, 0.0, 0.0, 100) == pytest.approx((50, 50))
+    assert to_pixels(-0.2, 0.2, 0.0, 100) == pytest.approx((0, 0))
+    assert to_pixels(0.1, -0.1, 0.1, 100) == pytest.approx((75, 65))
+
+
+def test_traces_are_where_the_gripper_goes():
+    """The record's trace against a demonstration followed in the environment's own steps."""
+    env = Tabletop(views=())
+    for seed in range(5):
+        env.reset(seed, "place", "train")
+        path = [tip_point(env.world.tip, SIZE)]
+        done = False
+        while not done:
+            done = env.step(command(env.world, env.progress.goal)).done
+            path.append(tip_point(env.world.tip, SIZE))
+        bowl = target_point(env.world.scene, env.progress.goal.reference, SIZE)
+        assert np.abs(path[-1] - bowl).max() < 8
+    for index in range(10):
+        example = robot_example(0, index, kind="trajectory")
+        (way,) = example.turns[1].regions
+        assert way.coordinates.shape == (WAY_POINTS, 2)
+        assert (way.coordinates >= 0).all()
+        assert (way.coordinates <= SIZE).all()
+
+
+def colour_share(example, colour):
+    """Share of the answer's box whose pixels have a colour, shades included."""
+    (x0, y0), (x1, y1) = example.turns[1].regions[0].coordinates
+    pixels = example.image[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))].astype(float)
+    pixels = pixels / pixels.max(axis=-1, keepdims=True)
+    want = np.array(COLOURS[colour]) / max(COLOURS[colour])
+    return (np.abs(pixels - want).max(axis=-1) < 0.15).mean()
+
+
+@pytest.mark.parametrize("make", [robot_example, generic_example])
+def test_the_box_of_an_answer_holds_the_colour_of_the_question(make):
+    shares = []
+    for index in range(150):
+        example = make(1, index, kind="box")
+        named = re.findall(rf"the ({'|'.join(COLOURS)}) (?!slider)\w+", example.turns[0].text)
+        if (
+            len(named) == 1
+            and len(example.turns[1].regions) == 1
+            and "object " not in (example.turns[0].text)
+        ):
+            shares.append(colour_share(example, named[0]))
+    assert len(shares) >= 30
+    assert np.mean(np.array(shares) > 0.2) >= 0.97  # the gripper hides some
+
+
+@pytest.mark.parametrize("make", [robot_example, generic_example])
+def test_records_are_usable_and_follow_from_their_number(make):
+    kinds = set()
+    for index in range(40):
+        one, other = make(3, index), make(3, index)
+        np.testing.assert_array_equal(one.image, other.image)
+        assert repr(one.turns) == repr(other.turns)
+        check_turns(one.turns, [one.image.shape[:2]])
+        kinds.add(one.info["kind"])
+        for region in one.turns[1].regions:
+            if region.kind == "box":
+                assert (region.coordinates[1] > region.coordinates[0]).all()
+    assert len(kinds) >= 3
+    assert not np.array_equal(make(3, 0).image, make(4, 0).image)
+
+
+def test_generic_scenes_share_no_shape_with_robot_scenes():
+    assert not set(THINGS) & set(SHAPES)
+    for index in range(30):
+        text = generic_example(0, index).turns[0].text
+        assert not any(f" {shape}" in text for shape in SHAPES)
+
+
+def test_relations_are_told_as_boxes_show_them():
+    """Yes-or-no and where questions against boxes of the same scene, found by other questions."""
+    wanted = {"to the left of": (0, -1), "to the right of": (0, 1), "behind": (1, -1)}
+    checked = 0
+    for index in range(200):
+        example = generic_example(0, index, kind="text")
+        found = re.search(r"side of the (\w+ \w+) is the (\w+ \w+) on", example.turns[0].text)
+        if not found:
+            continue
+        other, thing = (
+            np.nonzero(_is_colour(example.image, name.split()[0]))[1].mean()
+            for name in found.groups()
+        )
+        assert example.turns[1].text == ("left" if thing < other else "right")
+        checked += 1
+    assert checked >= 30
+    assert set(wanted)
+
+
+def _is_colour(image, colour):
+    return np.abs(image.astype(int) - COLOURS[colour]).max(axis=-1) < 40
+
+
+def test_unknown_splits_and_kinds_are_named():
+    with pytest.raises(ValueError, match="split 'moon' of train"):
+        robot_example(0, 0, "moon")
+    with pytest.raises(ValueError, match="kind 'mask': there are box, point, text"):
+        generic_example(0, 0, kind="mask")
+
+
+def test_every_task_has_records():
+    tasks = {robot_example(0, index, kind="box", size=28).info["task"] for index in range(80)}
+    assert tasks == set(TASKS)
