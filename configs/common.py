@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from configs.data import data_config
 from st4vla_jax import train_config as sections
+from st4vla_jax.data.mixtures import mixture
 from st4vla_jax.optim import Group, OptimConfig
 from st4vla_jax.train_checkpoints import CheckpointSettings
 
@@ -21,6 +22,29 @@ PAPER_GROUPS = {
     "dit": Group("dit/", lr=1e-4, weight_decay=1e-8),
 }
 DECIDED_BY_MODEL = ("dino_size", "chunk", "action_dim", "state_dim")
+
+
+def robot_sets(mixture_name: str, root: str = "data") -> dict:
+    """Sets of a registered mixture, each in ROOT/NAME (the folder with its versions)."""
+    return {
+        name: {"kind": "rlds", "path": f"{root}/{name}", "spec": name, "weight": weight}
+        for name, weight in mixture(mixture_name).items()
+    }
+
+
+def grounding_sets(root: str = "data/grounding") -> dict:
+    """The paper's groups of grounding data (spec upstream.md 4.5), weights by their sizes.
+
+    Each is one JSONL file in LLaVA form; data.convert makes them of RefCOCO and the like.
+    """
+    sizes = {"general": 637, "box": 879, "trajectory": 684, "point": 832}  # thousand samples
+    return {
+        name: {
+            "kind": "grounding", "path": f"{root}/{name}.jsonl", "images": f"{root}/images",
+            "weight": float(size),
+        }
+        for name, size in sizes.items()
+    }  # fmt: skip
 
 
 def train_config(**sets: dict) -> ConfigDict:

@@ -31,7 +31,11 @@ from st4vla_jax.train_setup import Setup
 from st4vla_jax.train_start import CompiledStep, compile_step, describe, first_state
 from st4vla_jax.train_step import by_group
 
-SHOWN = ("loss/total", "loss/action", "loss/text", "grad/norm", "time/step", "rate/samples")
+SHOWN = (
+    "loss/total", "loss/action", "loss/text", "grad/norm", "time/step", "rate/samples",
+    "eval/action_mse", "eval/action_mse_mean_baseline", "eval/energy", "eval/energy_mean_baseline",
+    "eval/text_loss", "align/pss", "align/cosine",
+)  # fmt: skip
 TRACE_FOLDER = "profile"
 
 
@@ -137,7 +141,7 @@ class Run:
             with self.goodput.losing("evaluate"):
                 scores = evaluation(state, step)
             self.writer.write(step, scores)
-            self.progress.report(scores)
+            self.progress.report({name: scores[name] for name in SHOWN if name in scores})
         if last or step % config.save_every == 0:
             self._finish_pending()
             self._save(state, scores, wait=last)

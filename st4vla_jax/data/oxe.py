@@ -356,6 +356,20 @@ _SPECS = (
         control_hz=5,
         mode="min_max",
     ),
+    RobotSpec(  # InternVLA-M1's simulated pick-and-place (LeRobot v2.1; spec upstream.md 4.1, 4.2)
+        "sim_pick_place",
+        "franka",
+        {"primary": "video.ego_view", "base": "video.base_view"},
+        "task",
+        (_part("action.delta_joints"), _part("action.gripper_close")),
+        (_part("state.joints"),),
+        names=(*(f"joint_{i}" for i in range(7)), "gripper"),
+        units=("rad",) * 7 + ("1 = closed, -1 = open",),
+        gripper=(7,),
+        absolute=(7,),
+        control_hz=30,
+        mode="min_max",
+    ),
 )
 
 SPECS: Mapping[str, RobotSpec] = {spec.name: spec for spec in _SPECS}
