@@ -158,10 +158,11 @@ class Policy:
         if not cfg.has_action:
             raise PolicyError("this checkpoint is a vision-language model alone: it has no actions")
         ddim_indices(ddim_steps, cfg.dit.diffusion_steps)
-        embodiment, statistics = self._embodiment(embodiment)
+        embodiment, statistics = self.choose_embodiment(embodiment)
         noise = self._noise(noise, seed)
         mode = self.meta.action.mode
-        batch = self._observation(images, instruction, self._state(state, statistics, mode))
+        state = self.normalize_state(state, statistics)
+        batch = self._pack([self.encode_observation(images, instruction, state)])
         prepared = time.perf_counter()
         sample = functools.partial(
             self.model.sample_actions, cfg_scale=cfg_scale, num_steps=ddim_steps
@@ -240,7 +241,8 @@ class Policy:
         self._compiled[key] = jax.jit(fn).lower(self.params, batch, extra).compile()
         return self._compiled[key], time.perf_counter() - start
 
-    def _embodiment(self, embodiment: str | None) -> tuple[str, EmbodimentStatistics]:
+    def choose_embodiment(self, embodiment: str | None) -> tuple[str, EmbodimentStatistics]:
+        """Key and statistics; None is the only one there is.  Raises as `act`."""
         if self.statistics is None:
             raise PolicyError(
                 "this checkpoint has no dataset_statistics.json: actions cannot be un-normalised "
@@ -267,7 +269,10 @@ class Policy:
             raise PolicyError(f"noise must be standard normal; it has values beyond {NOISE_LIMIT}")
         return noise.astype(np.float32)
 
-    def _state(self, state, statistics: EmbodimentStatistics, mode: str) -> np.ndarray | None:
+    def normalize_state(
+        self, state: np.ndarray | None, statistics: EmbodimentStatistics
+    ) -> np.ndarray | None:
+        """Raw proprioception f32[S] as the model takes it; None without a state encoder."""
         size = self.meta.model.bridge.state_dim
         if not size:
             if state is not None:
@@ -279,9 +284,12 @@ class Policy:
                 f"this policy needs a state of shape ({size},) and statistics of it; "
                 f"state given: {given}, statistics: {statistics.state is not None}"
             )
-        return statistics.state.normalize(np.asarray(state, np.float32), mode)
+        return statistics.state.normalize(np.asarray(state, np.float32), self.meta.action.mode)
 
-    def _observation(self, images, instruction, state) -> Batch:
+    def encode_observation(
+        self, images: Sequence[np.ndarray], instruction: str, state: np.ndarray | None
+    ) -> tuple[Encoded, RobotArrays]:
+        """One robot sample to pack: u8[h,w,3] views, the bare instruction, normalised state."""
         meta = self.meta
         images = sized_views(images, meta.image)
         encoded = encode_robot(
@@ -296,7 +304,7 @@ class Policy:
             actions=np.zeros(shape, np.float32),
             action_mask=np.ones(shape, bool),
         )
-        return self._pack([(encoded, robot)])
+        return encoded, robot
 
     def _pack(self, row: list[tuple[Encoded, RobotArrays | None]]) -> Batch:
         capacity = Capacity.fit([row], token_multiple=TOKEN_MULTIPLE)
