@@ -304,6 +304,7 @@ def examine(arguments: Sequence[str], workdir: Path | None) -> Findings:
     yield from look("devices", devices)
     yield from look("processes", processes)
     config = None
+    os.environ["JAX_PLATFORMS"] = "cpu"  # what follows only counts: it must not take the devices
     if arguments:
         try:
             config = read_config(arguments)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from st4vla_jax.config import ModelConfig
+from st4vla_jax.config import ConfigError, ModelConfig
 from st4vla_jax.data.index_folder import MANIFEST, cache_root, read_manifest
 from st4vla_jax.data.normalize import Statistics
 from st4vla_jax.data.oxe import robot_spec
@@ -21,7 +22,7 @@ from st4vla_jax.data.source_files import file_stamps
 from st4vla_jax.data.tfds_folder import ALL_SPLITS, read_folder
 from st4vla_jax.doctor import Finding, Findings, folder, look
 from st4vla_jax.models.st4vla import ST4VLA
-from st4vla_jax.optim import Optimizer
+from st4vla_jax.optim import Optimizer, coverage_problems
 from st4vla_jax.resume import find_checkpoint
 from st4vla_jax.sharding import unbox
 from st4vla_jax.state import leaves_by_path, split
@@ -37,26 +38,44 @@ def examine(config: TrainConfig, workdir: Path | None) -> Findings:
     yield from look("weights", lambda: weights(config))
     if config.data.index_dir:
         yield from look("index_dir", lambda: folder("index_dir", Path(config.data.index_dir)))
+    needed = 0
+    try:
+        trained, frozen = parameters(config)
+        text = f"{trained / 1e6:.1f} M parameters trained, {frozen / 1e6:.1f} M frozen"
+        yield Finding("model", "ok", text)
+        needed = checkpoint_bytes(config, trained, frozen)
+    except ConfigError as error:
+        yield Finding("model", "fail", str(error), "correct the config")
     if workdir is not None:
-        yield from look("workdir", lambda: folder("workdir", workdir, checkpoint_bytes(config)))
+        yield from look("workdir", lambda: folder("workdir", workdir, needed))
     if config.log.wandb:
         yield from look("wandb", lambda: wandb(config.log.wandb_mode))
 
 
-def checkpoint_bytes(config: TrainConfig) -> int:
-    """Disk that the checkpoints of a run take: those kept and the one being written."""
+def parameters(config: TrainConfig) -> tuple[int, int]:
+    """Numbers of trained and of frozen parameters, without LoRA's.
+
+    Raises:
+      ConfigError: groups that do not cover them, every parameter by name.
+    """
     model = ST4VLA(config.model, config.runtime)
-    # The key is made inside: a concrete one would take the devices, which a run may hold.
-    params = unbox(jax.eval_shape(lambda: model.init(jax.random.key(0))))
-    optimizer = Optimizer(config.optim, config.steps)
-    sizes = [
-        sum(math.prod(leaf.shape) for _, leaf in leaves_by_path(tree))
-        for tree in split(params, optimizer.is_trainable)
-    ]
-    width = jax.numpy.dtype(config.runtime.dtypes.params).itemsize
-    moments = jax.numpy.dtype(config.optim.mu_dtype).itemsize + 4
+    params = unbox(jax.eval_shape(model.init, jax.random.key(0)))
+    paths = [path for path, _ in leaves_by_path(params)]
+    if problems := coverage_problems(paths, config.optim.groups):
+        raise ConfigError("\n          ".join(problems))
+    trees = split(params, Optimizer(config.optim, config.steps).is_trainable)
+    trained, frozen = (
+        sum(math.prod(leaf.shape) for _, leaf in leaves_by_path(tree)) for tree in trees
+    )
+    return trained, frozen
+
+
+def checkpoint_bytes(config: TrainConfig, trained: int, frozen: int) -> int:
+    """Disk that the checkpoints of a run take: those kept and the one being written."""
+    width = jnp.dtype(config.runtime.dtypes.params).itemsize
+    moments = jnp.dtype(config.optim.mu_dtype).itemsize + 4
     average = width if config.optim.ema else 0
-    one = sizes[0] * (width + moments + average) + sizes[1] * width
+    one = trained * (width + moments + average) + frozen * width
     return one * (config.checkpoint.keep_last + 1)
 
 
