@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 
 from st4vla_jax.data.llava import check_turns
-from st4vla_jax.tabletop.demonstrator import command
-from st4vla_jax.tabletop.environment import Tabletop
 from st4vla_jax.tabletop.generic import THINGS, generic_example
 from st4vla_jax.tabletop.grounding import (
     WAY_POINTS,
@@ -92,33 +90,41 @@ def test_projection_against_hand_made_numbers():
     assert to_pixels(0.1, -0.1, 0.1, 100) == pytest.approx((75, 65))
 
 
-def test_traces_are_where_the_gripper_goes():
-    """The record's trace against a demonstration followed in the environment's own steps."""
-    env = Tabletop(views=())
-    for seed in range(5):
-        env.reset(seed, "place", "train")
-        path = [tip_point(env.world.tip, SIZE)]
-        done = False
-        while not done:
-            done = env.step(command(env.world, env.progress.goal)).done
-            path.append(tip_point(env.world.tip, SIZE))
-        bowl = target_point(env.world.scene, env.progress.goal.reference, SIZE)
-        assert np.abs(path[-1] - bowl).max() < 8
-    for index in range(10):
+def test_traces_end_where_the_task_does():
+    """The last way-point of reach and pick against the pixels of the target's colour."""
+    checked = 0
+    for index in range(150):
         example = robot_example(0, index, kind="trajectory")
         (way,) = example.turns[1].regions
         assert way.coordinates.shape == (WAY_POINTS, 2)
         assert (way.coordinates >= 0).all()
         assert (way.coordinates <= SIZE).all()
+        if example.info["task"] == "reach":
+            colour = re.search("|".join(COLOURS), example.turns[0].text)[0]
+            rows, columns = np.nonzero(is_colour(example.image, colour))
+            x, y = way.coordinates[-1]
+            assert abs(x - columns.mean()) < 9
+            assert abs(y - rows.mean()) < 12
+            checked += 1
+    assert checked >= 5
+
+
+def test_traces_start_at_the_gripper():
+    """The plumb line and the fingers are where the tips' projection says."""
+    for x, y, z in ((0.0, 0.0, 0.1), (-0.1, 0.05, 0.03), (0.12, -0.14, 0.15)):
+        tip = Tip(x, y, z, 0.0, False)
+        image = picture(Scene([], None, "plain", 0), tip)
+        dark = np.argwhere(image.max(axis=-1) < 60)
+        fingers = dark[dark[:, 0] < tip_point(tip, SIZE)[1]]
+        assert abs(fingers[:, 1].mean() - tip_point(tip, SIZE)[0]) < 1.5
+        assert fingers[:, 0].max() >= tip_point(tip, SIZE)[1] - 2
 
 
 def colour_share(example, colour):
     """Share of the answer's box whose pixels have a colour, shades included."""
     (x0, y0), (x1, y1) = example.turns[1].regions[0].coordinates
-    pixels = example.image[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))].astype(float)
-    pixels = pixels / pixels.max(axis=-1, keepdims=True)
-    want = np.array(COLOURS[colour]) / max(COLOURS[colour])
-    return (np.abs(pixels - want).max(axis=-1) < 0.15).mean()
+    pixels = example.image[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))]
+    return is_colour(pixels, colour).mean()
 
 
 @pytest.mark.parametrize("make", [robot_example, generic_example])
@@ -160,27 +166,40 @@ def test_generic_scenes_share_no_shape_with_robot_scenes():
         assert not any(f" {shape}" in text for shape in SHAPES)
 
 
-def test_relations_are_told_as_boxes_show_them():
-    """Yes-or-no and where questions against boxes of the same scene, found by other questions."""
-    wanted = {"to the left of": (0, -1), "to the right of": (0, 1), "behind": (1, -1)}
-    checked = 0
-    for index in range(200):
-        example = generic_example(0, index, kind="text")
-        found = re.search(r"side of the (\w+ \w+) is the (\w+ \w+) on", example.turns[0].text)
-        if not found:
+def is_colour(image, colour):
+    """bool[h,w] pixels of a colour or a shade of it."""
+    pixels = image.astype(float)
+    bright = pixels.max(axis=-1, keepdims=True)
+    want = np.array(COLOURS[colour]) / max(COLOURS[colour])
+    return (np.abs(pixels / np.maximum(bright, 1) - want).max(axis=-1) < 0.15) & (
+        bright[..., 0] > 90
+    )
+
+
+@pytest.mark.parametrize("make", [robot_example, generic_example])
+def test_relations_are_told_as_the_picture_shows_them(make):
+    """Answers against the middles of the pixels of the two colours that the question names."""
+    axes = {
+        "left": (1, -1), "right": (1, 1), "to the left of": (1, -1), "to the right of": (1, 1),
+        "in front of": (0, 1), "behind": (0, -1),
+    }  # fmt: skip
+    good = []
+    for index in range(150):
+        example = make(0, index, kind="text" if make is generic_example else "relation")
+        text, answer = example.turns[0].text, example.turns[1].text
+        colours = re.findall("|".join(COLOURS), text)
+        if len(colours) != 2:
             continue
-        other, thing = (
-            np.nonzero(_is_colour(example.image, name.split()[0]))[1].mean()
-            for name in found.groups()
-        )
-        assert example.turns[1].text == ("left" if thing < other else "right")
-        checked += 1
-    assert checked >= 30
-    assert set(wanted)
-
-
-def _is_colour(image, colour):
-    return np.abs(image.astype(int) - COLOURS[colour]).max(axis=-1) < 40
+        asked = re.search("Is the .* (to the left of|to the right of|in front of|behind) the", text)
+        axis, sign = axes[asked[1] if asked else answer]
+        first, second = (np.argwhere(is_colour(example.image, c)).mean(axis=0) for c in colours)
+        if make is generic_example:
+            first, second = second, first
+        apart = sign * (first[axis] - second[axis])
+        across = abs(first[1 - axis] - second[1 - axis]) if make is robot_example else 0
+        good.append((apart > 0.7 * across) == (answer != "no"))
+    assert len(good) >= 40
+    assert np.mean(good) >= 0.95  # heights and the gripper shift middles a little
 
 
 def test_unknown_splits_and_kinds_are_named():
