@@ -2,10 +2,12 @@
 
 python -m st4vla_jax.bench forward [--batch 4] [--repeats 5] [--json OUT.json]
 python -m st4vla_jax.bench data [--batch 64] [--steps 40] [--tf-python PYTHON] [--json OUT.json]
+python -m st4vla_jax.bench step [--preset cpu-100m | gpu-3b --out DIR] [--job JOB ...]
 
 ``forward`` times the vision-language model alone (about 100 M parameters, one 224x224 image and
 128 text tokens a sample, float32) in this package and in torch/transformers, with equal weights.
 ``data`` times the way from RLDS records to packed batches against tf.data (bench_data.py).
+``step`` times a whole training step against the reference's in PyTorch (bench_step.py).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from st4vla_jax import bench_data
+from st4vla_jax import bench_data, bench_step
 from st4vla_jax.batch import VlmInputs
 from st4vla_jax.config import FLOAT32, ModelConfig, TextConfig, VisionConfig
 from st4vla_jax.models.qwen_vl import QwenVL
@@ -184,6 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--json", type=Path, help="also write the result here")
     sub.set_defaults(run=run_forward)
     bench_data.register(commands)
+    bench_step.register(commands)
     args = parser.parse_args(argv)
     args.run(args)
 
