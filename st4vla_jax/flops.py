@@ -128,7 +128,8 @@ def model_flops(
     image.  The embedding table is read, not multiplied; the head runs on supervised positions.
     Backward, a trained kernel takes its forward FLOPs once more for its own gradient, and
     everything that a gradient passes through once more for its input's: three times forward in
-    all (also where an input needs no gradient, as the pixels).
+    all (also where an input needs no gradient, as the pixels).  Products of LoRA adapters are left
+    out.
 
     Args:
       cfg: sizes.

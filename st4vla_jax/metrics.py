@@ -33,6 +33,7 @@ from PIL import Image
 from st4vla_jax.data.tfrecord import masked_crc32c
 
 METRICS_FILE = "metrics.jsonl"
+OLD_METRICS_FILE = "metrics.old.jsonl"
 EVENT_FOLDER = "tensorboard"
 IMAGE_FOLDER = "images"
 WANDB_ID_FILE = "wandb_run_id.txt"
@@ -80,7 +81,7 @@ class MetricWriter:
           workdir: folder of the run, created if need be.
           process_index: of this process.
           first_step: updates that are done, of the checkpoint that the run resumes from; what is
-            there of later ones is dropped.  0: nothing is done, all is dropped.
+            there of later ones is dropped.  0: nothing is done, the run begins anew.
           wandb: None leaves it out.  Without the package, or where it does not start, a warning is
             logged and the run goes on (offline if that can be had).
           tensorboard: False writes no event files.
@@ -215,15 +216,22 @@ def read_metrics(workdir: Path | str) -> list[dict[str, float]]:
 def drop_steps(path: Path, first_step: int) -> None:
     """Drops, at once, the lines of more updates than ``first_step``, and what is no whole line.
 
-    Of 0 all lines are dropped, since no checkpoint stands behind them.  A process killed at any
-    moment leaves either the old file or the new one.
+    Of 0 all lines go, since no checkpoint stands behind them; the file is then kept under
+    OLD_METRICS_FILE, as it may be all that is left of a run.  A process killed at any moment leaves
+    either the old file or the new one.
     """
     if not path.exists():
         return
-    data, last = path.read_bytes(), first_step or -1
-    kept = b"".join(line for line in data.splitlines(True) if _step_of(line) <= last)
-    if kept != data:
-        _replace(path, kept)
+    data = path.read_bytes()
+    lines = data.splitlines(True)
+    kept = [line for line in lines if _step_of(line) <= first_step] if first_step else []
+    if len(kept) == len(lines):
+        return
+    _LOG.info("%s: %d lines of later steps dropped", path, len(lines) - len(kept))
+    if kept:
+        _replace(path, b"".join(kept))
+    else:
+        path.replace(path.with_name(OLD_METRICS_FILE))
 
 
 def _step_of(line: bytes) -> float:

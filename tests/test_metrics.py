@@ -54,8 +54,10 @@ def test_a_resumed_run_writes_the_file_of_an_uninterrupted_one(tmp_path, killed_
 
 def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
     write_steps(tmp_path, range(3))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
     write_steps(tmp_path, range(2))
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 1]
+    assert (tmp_path / "metrics.old.jsonl").read_bytes() == before
 
 
 def test_a_line_cut_off_by_a_kill_goes(tmp_path):
