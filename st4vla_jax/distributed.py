@@ -169,9 +169,9 @@ def ending_together(heartbeat_s: int = HEARTBEAT_S) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if jax.process_count() == 1 or (
-            isinstance(error, SystemExit) and error.code in (None, 0, RESTART_EXIT_CODE)
-        ):
+        alone = not jax.distributed.is_initialized() or jax.process_count() == 1
+        codes = (None, 0, RESTART_EXIT_CODE)  # of a run that ends everywhere alike
+        if alone or (isinstance(error, SystemExit) and error.code in codes):
             raise
         traceback.print_exc()
         sys.stdout.flush()

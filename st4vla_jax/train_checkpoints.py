@@ -22,6 +22,7 @@ import logging
 import math
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,8 @@ class TrainCheckpoints:
             cannot be written.
           DistributedError: a process does not see the workdir of the others.
         """
+        if "://" in str(workdir):
+            raise CheckpointError(f"{workdir}: not a folder; mount the bucket, and give its path")
         self.folder = Path(workdir).absolute() / FOLDER
         self._settings = settings
         self._meta = dataclasses.replace(meta, git_revision=git_revision())
@@ -144,6 +147,7 @@ class TrainCheckpoints:
         if step in complete_steps(self.folder):
             _LOG.info("step %d is saved already", step)
             return
+        self._handler.started = time.monotonic()
         self._handler.record = {
             META: dataclasses.replace(self._meta, step=step).to_json(),
             RUN: {
@@ -154,9 +158,11 @@ class TrainCheckpoints:
             },
         }
         items = _StepArgs(**trees.to_save(state))
-        self._writing = step
+        self._writing, path = step, self._path(step)
         with self._explained():
-            self._checkpointer.save(self._path(step), items)
+            if self._primary and path.exists():
+                path.rename(path.with_suffix(f".incomplete-{time.time_ns()}"))
+            self._checkpointer.save(path, items)
         if not self._settings.async_:
             self.wait()
 
@@ -194,8 +200,12 @@ class TrainCheckpoints:
                 self._lock = None
 
     def latest(self) -> int | None:
-        """Newest complete step, or None."""
-        return max(complete_steps(self.folder), default=None)
+        """Newest complete step, or None; warns of folders that lack their commit marker."""
+        steps = complete_steps(self.folder)
+        for path in self.folder.iterdir():
+            if _STEP.fullmatch(path.name) and int(path.name) not in steps:
+                _LOG.warning("%s: ignored, it is not complete (lacks %s)", path, RUN)
+        return max(steps, default=None)
 
     def run_record(self, step: int) -> dict[str, Any]:
         """The ``run`` that `save` was given at ``step``.
@@ -268,15 +278,9 @@ class TrainCheckpoints:
 
 def complete_steps(folder: Path) -> list[int]:
     """Steps below WORKDIR/checkpoints that carry their commit marker, oldest first."""
-    steps = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if not _STEP.fullmatch(path.name):
-            continue
-        if (path / RUN).is_file():
-            steps.append(int(path.name))
-        else:
-            _LOG.warning("%s: ignored, it is not complete (lacks %s)", path, RUN)
-    return sorted(steps)
+    found = folder.iterdir() if folder.is_dir() else ()
+    steps = [path for path in found if _STEP.fullmatch(path.name) and (path / RUN).is_file()]
+    return sorted(int(path.name) for path in steps)
 
 
 def kept_steps(
@@ -302,7 +306,9 @@ class _StepHandler(ocp.CompositeCheckpointHandler):
         names = ("params", "opt_state", "ema")
         super().__init__(**{name: ocp.PyTreeCheckpointHandler(use_zarr3=True) for name in names})
         self._files = files
-        self.record: dict[str, Any] = {}  # name -> JSON-able, of the step being written
+        # Of the step being written:
+        self.record: dict[str, Any] = {}  # name -> JSON-able
+        self.started = 0.0
 
     def finalize(self, directory: Path) -> None:
         """Runs on the first process when all have written; the folder is renamed afterwards."""
@@ -315,8 +321,12 @@ class _StepHandler(ocp.CompositeCheckpointHandler):
             target = directory / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
+        size = 0
         for path in (*directory.rglob("*"), directory):
             sync(path)
+            size += path.stat().st_size
+        seconds = time.monotonic() - self.started
+        _LOG.info("%s: %.3f GB in %.1f s", directory.name.partition(".")[0], size / 1e9, seconds)
 
 
 @ocp.args.register_with_handler(_StepHandler, for_save=True, for_restore=True)

@@ -91,14 +91,14 @@ def test_a_step_is_a_checkpoint(checkpoints):
 
 
 def test_large_parameters_are_stored_in_pieces(checkpoints, monkeypatch):
-    monkeypatch.setattr("st4vla_jax.checkpoint_trees.CHUNK_BYTES", 64)
+    monkeypatch.setattr("st4vla_jax.checkpoint_trees.CHUNK_BYTES", 32)  # less than a shard
     saver = checkpoints()
     saver.save(state(1), RUN)
     saver.wait()
     (metadata,) = (saver.folder / "00000001/params/array_metadatas").iterdir()
     chunks = {m["array_metadata"]["param_name"]: m["array_metadata"]["chunk_shape"]
               for m in json.loads(metadata.read_text())["array_metadatas"]}  # fmt: skip
-    assert np.prod(chunks["vlm.a"]) * 4 <= 64
+    assert np.prod(chunks["vlm.a"]) * 4 <= 32
     assert_same(saver.restore(1, abstract(numpy_state(1), mesh())), numpy_state(1))
 
 
@@ -189,6 +189,9 @@ def test_a_step_without_its_marker_is_never_picked(checkpoints, caplog):
     assert "00000003: ignored, it is not complete (lacks meta/train.json)" in caplog.text
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         saver.restore(3, abstract(numpy_state(3), mesh()))
+    saver.save(state(3), RUN)  # it is not in the way
+    saver.wait()
+    assert saver.latest() == 3 and len(list(saver.folder.glob("00000003.incomplete-*"))) == 1
 
 
 def test_a_newer_format(checkpoints):
@@ -264,6 +267,8 @@ def test_two_runs_in_one_workdir(checkpoints, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="file/checkpoints: cannot be written .Not a dir"):
         run_state.open_checkpoints(tmp_path / "file")
+    with pytest.raises(CheckpointError, match="gs://b/w: not a folder"):
+        run_state.open_checkpoints("gs://b/w")
     with pytest.raises(CheckpointError, match="absent.json: cannot be read .No such file"):
         train_checkpoints.TrainCheckpoints(
             tmp_path / "w", CheckpointSettings(), META, {"a.json": tmp_path / "absent.json"}
