@@ -18,9 +18,13 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from st4vla_jax.data.layout import TOKEN_UNIT
 from st4vla_jax.data.pipeline import Pipeline
+from st4vla_jax.data.schedule import Schedule
 from st4vla_jax.data.settings import DataSettings, open_pipeline
 
+_BETTER = 0.01  # of the efficiency: less is not worth another T
+_OFFERED = 3
 PAPER = (256, 64)  # robot and grounding samples of an update (spec upstream.md 3)
 
 
@@ -99,9 +103,25 @@ def preview(pipeline: Pipeline, steps: int, start: int = 0) -> Preview:
     return Preview(tuple(sets), steps, schedule.sequences, float(used.mean()), float(used.min()))
 
 
+def longer_sequences(schedule: Schedule) -> list[tuple[int, int, float]]:
+    """(T, B, efficiency) of the lengths up to twice the given one that pack better, best first.
+
+    Shorter ones were tried by the schedule itself.
+    """
+    first = schedule.config.tokens // TOKEN_UNIT + 1
+    found = []
+    for tokens in range(first * TOKEN_UNIT, 2 * schedule.config.tokens + 1, TOKEN_UNIT):
+        sequences = schedule.sequences_of(tokens)
+        efficiency = schedule.mean_tokens / (sequences * tokens)
+        if efficiency > schedule.efficiency + _BETTER:
+            found.append((tokens, sequences, efficiency))
+    return sorted(found, key=lambda one: -one[2])
+
+
 def table(found: Preview, pipeline: Pipeline) -> list[str]:
     """The lines that the command prints."""
-    config, capacity = pipeline.schedule.config, pipeline.schedule.capacity
+    schedule = pipeline.schedule
+    config, capacity = schedule.config, schedule.capacity
     lines = [
         f"{'data set':28}{'kind':10}{'samples':>10}{'dropped':>8}{'declared':>9}{'share':>8}"
         f"{'draws':>10}{'epochs':>10}{'duplicates':>12}"
@@ -121,7 +141,12 @@ def table(found: Preview, pipeline: Pipeline) -> list[str]:
         f"{capacity.slots}, supervised {capacity.targets}, robot samples {capacity.robot}, tokens "
         f"of one {capacity.sample_tokens}",
         f"packing efficiency over {found.steps} steps: {found.efficiency:.1%} of the tokens, "
-        f"lowest step {found.lowest_efficiency:.1%}",
+        f"lowest step {found.lowest_efficiency:.1%}; whole sequences, a multiple of "
+        f"{config.multiple}, allow {schedule.bound:.1%}",
+        *(
+            f"  schedule.tokens {tokens} would take {sequences} sequences: {efficiency:.1%}"
+            for tokens, sequences, efficiency in longer_sequences(schedule)[:_OFFERED]
+        ),
         f"data fingerprint: {pipeline.fingerprint[:16]}",
     ]
 

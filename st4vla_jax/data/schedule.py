@@ -21,19 +21,21 @@ import numpy as np
 
 from st4vla_jax.batch import VISION_BIN
 from st4vla_jax.data.classes import Classes, classify
-from st4vla_jax.data.encoder import UNUSABLE
-from st4vla_jax.data.layout import DIMENSIONS, Layout, lay_out
+from st4vla_jax.data.layout import DIMENSIONS, Layout, lay_out, lay_out_best
+from st4vla_jax.data.members import (
+    Member,
+    ScheduleError,
+    fits,
+    member_problems,
+    report_dropped,
+)
 from st4vla_jax.data.packing import Capacity
 from st4vla_jax.data.shuffle import Lattice, mixed, permuted
 from st4vla_jax.data.source import Lengths
 
 _LOG = logging.getLogger(__name__)
 _WEIGHT_BITS = 40
-_NAMED = 5  # dropped samples that are named one by one
-
-
-class ScheduleError(ValueError):
-    """A mixture that cannot be scheduled; lists every problem."""
+_EFFICIENT = 0.9  # a lower efficiency is worth a warning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,9 @@ class ScheduleConfig:
 
     Attributes:
       robot_samples, grounding_samples: of one update (the paper: 256 and 64).
-      tokens: T; slots: P, targets: M, robot: K, each 0 = what the layout takes.
+      tokens: T, at most: a shorter multiple of 128 is taken where it packs clearly better, unless
+        ``sequences`` is given.  Longer samples are left out.
+      slots: P, targets: M, robot: K, each 0 = what the layout takes.
       sequences: B, or 0 = the fewest that hold.
       multiple: B is a multiple of this (devices on data and fsdp x accumulation).
       views: V.
@@ -77,25 +81,6 @@ class ScheduleConfig:
         }
         if problems := [text for text, bad in checks.items() if bad]:
             raise ScheduleError("schedule: " + "; ".join(problems))
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """One data set of a mixture.
-
-    Attributes:
-      name: for messages and metrics.
-      lengths: one table for each paraphrase; they differ in tokens only.
-      weight: share among the robot, or among the grounding, data sets.
-    """
-
-    name: str
-    lengths: tuple[Lengths, ...]
-    weight: float = 1.0
-
-    @property
-    def is_robot(self) -> bool:
-        return bool(self.lengths[0].robot.any())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +126,7 @@ class Schedule:
       config: as given.
       capacity: of one sequence, complete.
       sequences: B.
+      mean_tokens: of a step's samples.
       dropped: for each member the samples that fit no sequence, i64[n].
     """
 
@@ -152,24 +138,47 @@ class Schedule:
           LayoutError: given ``sequences`` do not hold; names what would.
         """
         self.config, self.members = config, tuple(members)
-        if problems := list(_member_problems(config, self.members)):
+        if problems := list(member_problems(config, self.members)):
             raise ScheduleError("schedule:\n  " + "\n  ".join(problems))
-        fits = [_fits(member, config) for member in self.members]
-        kept = [np.flatnonzero(mask) for mask in fits]
-        self.dropped = [np.flatnonzero(~mask) for mask in fits]
-        _report_dropped(self.members, self.dropped, kept, config)
+        fitting = [fits(member, config) for member in self.members]
+        kept = [np.flatnonzero(mask) for mask in fitting]
+        self.dropped = [np.flatnonzero(~mask) for mask in fitting]
+        report_dropped(self.members, self.dropped, kept, config)
         self._streams = _streams(config, self.members, kept)
         sizes = np.concatenate([_sizes(s, self.members[s.number]) for s in self._streams])
         groups = np.concatenate([s.classes.kinds[s.places] for s in self._streams])
         starts = np.repeat([s.first for s in self._streams], [len(s.places) for s in self._streams])
         given = np.array([getattr(config, name) for name in DIMENSIONS], np.int64)
-        self._layout: Layout = lay_out(
-            sizes, starts + groups, config.window, given,
-            multiple=config.multiple, sequences=config.sequences,
-        )  # fmt: skip
+        self._places = sizes, starts + groups, config.window, given
+        self._layout: Layout = (
+            lay_out(*self._places, multiple=config.multiple, sequences=config.sequences)
+            if config.sequences
+            else lay_out_best(*self._places, multiple=config.multiple)
+        )
         self.sequences = self._layout.sequences
         self.capacity = _capacity(config, self._layout, sizes)
+        window_tokens = (_mean_tokens(s, self.members[s.number]) for s in self._streams)
+        self.mean_tokens = sum(window_tokens) / config.window
+        _report_efficiency(self)
         self.window = functools.lru_cache(maxsize=4)(self._window)
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the tokens of a step that samples use, on average."""
+        return self.mean_tokens / (self.sequences * self.capacity.tokens)
+
+    @property
+    def bound(self) -> float:
+        """The efficiency if only the whole number of sequences cost something."""
+        tokens, multiple = self.capacity.tokens, self.config.multiple
+        least = -(-self.mean_tokens // (tokens * multiple)) * multiple
+        return self.mean_tokens / (least * tokens)
+
+    def sequences_of(self, tokens: int) -> int:
+        """How many sequences of another T hold the same steps; raises LayoutError if none do."""
+        *places, given = self._places
+        given = np.concatenate([[tokens], given[1:]])
+        return lay_out(*places, given, multiple=self.config.multiple).sequences
 
     def plan(self, step: int) -> tuple[tuple[Draw, ...], ...]:
         """The samples of each of the B sequences of a step, in order."""
@@ -211,6 +220,25 @@ class Schedule:
         return tuple(x.tolist() for x in (place + stream.first, index, epoch, paraphrase))
 
 
+def _mean_tokens(stream: _Stream, member: Member) -> float:
+    """Of what a data set gives to a window."""
+    kept = stream.classes.order[0]
+    mean = np.mean([lengths.tokens[kept].mean() for lengths in member.lengths])
+    low, high = stream.share
+    return float(mean) * stream.per_window * (high - low) / 2**_WEIGHT_BITS
+
+
+def _report_efficiency(schedule: Schedule) -> None:
+    if schedule.efficiency < _EFFICIENT:
+        _LOG.warning(
+            "packing efficiency is %.1f %%: %d sequences of %d tokens for %.0f tokens of samples a "
+            "step; a whole multiple of %d sequences allows %.1f %% at most. python -m "
+            "st4vla_jax.data.preview lists values of schedule.tokens that pack better",
+            100 * schedule.efficiency, schedule.sequences, schedule.capacity.tokens,
+            schedule.mean_tokens, schedule.config.multiple, 100 * schedule.bound,
+        )  # fmt: skip
+
+
 def _place(classes: Classes, places: np.ndarray, own: np.ndarray) -> np.ndarray:
     """The place of each draw: the k-th longest of a kind takes the kind's k-th place.
 
@@ -226,69 +254,6 @@ def _place(classes: Classes, places: np.ndarray, own: np.ndarray) -> np.ndarray:
 def _offsets(seed: int, member: int, index: np.ndarray, count: int) -> np.ndarray:
     """Paraphrase of each sample in phase 0; it takes the next one in each epoch."""
     return (mixed(seed, member, index, 1) % np.uint64(count)).astype(np.int64)
-
-
-def _member_problems(config: ScheduleConfig, members: Sequence[Member]):
-    for robot, count in ((True, config.robot_samples), (False, config.grounding_samples)):
-        name = "robot" if robot else "grounding"
-        own = [m for m in members if m.is_robot == robot]
-        if count and not own:
-            yield f"{name}_samples is {count}, but no data set has {name} samples"
-        if own and not count:
-            yield f"{name}_samples is 0, but {', '.join(m.name for m in own)} would give some"
-    for member in members:
-        if not member.weight > 0:
-            yield f"{member.name}: weight {member.weight} is not positive; leave the set out"
-        if not len(member.lengths[0].tokens):
-            yield f"{member.name}: it has no samples"
-        elif member.is_robot and not member.lengths[0].robot.all():
-            yield f"{member.name}: robot and grounding samples in one data set; split it"
-        first = member.lengths[0]
-        for other in member.lengths[1:]:
-            same = all(
-                np.array_equal(getattr(other, name), getattr(first, name))
-                for name in ("slots", "targets", "robot")
-            )
-            if not same:
-                yield f"{member.name}: paraphrases may change the number of tokens only"
-
-
-def _fits(member: Member, config: ScheduleConfig) -> np.ndarray:
-    """bool[n] True for samples that fit a sequence in every paraphrase."""
-    fits = np.ones(len(member.lengths[0].tokens), bool)
-    for lengths in member.lengths:
-        for name in DIMENSIONS:
-            limit = getattr(config, name)
-            fits &= getattr(lengths, name) <= (limit or UNUSABLE - 1)
-    return fits
-
-
-def _report_dropped(
-    members: Sequence[Member],
-    dropped: Sequence[np.ndarray],
-    kept: Sequence[np.ndarray],
-    config: ScheduleConfig,
-) -> None:
-    """Counts and names what fits no sequence; a data set of which nothing is left is an error."""
-    for member, lost in zip(members, dropped, strict=True):
-        if not len(lost):
-            continue
-        worst = np.max([lengths.tokens[lost] for lengths in member.lengths], axis=0)
-        named = ", ".join(
-            f"[{i}] ({'unusable' if t == UNUSABLE else f'{t} tokens'})"
-            for i, t in zip(lost[:_NAMED], worst, strict=False)
-        )
-        more = f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else ""
-        _LOG.warning(
-            "%s: %d of %d samples fit no sequence and are left out: %s%s",
-            member.name, len(lost), len(member.lengths[0].tokens), named, more,
-        )  # fmt: skip
-    empty = [m.name for m, k in zip(members, kept, strict=True) if not len(k)]
-    if empty:
-        raise ScheduleError(
-            f"schedule: no sample of {', '.join(empty)} fits a sequence of {config.tokens} tokens; "
-            "raise tokens (or slots, targets)"
-        )
 
 
 def _streams(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from st4vla_jax.data.pipeline import DataSet, Pipeline
-from st4vla_jax.data.preview import main, preview, table
+from st4vla_jax.data.preview import longer_sequences, main, preview, table
 from st4vla_jax.data.schedule import ScheduleConfig
 from st4vla_jax.data.settings import DataSettings, SettingsError, open_pipeline
 from tests.reference.sources import ArmSource, BoxSource, encoder
@@ -53,6 +53,10 @@ def test_preview_counts_what_the_batches_hold():
     assert found.sets[2].duplicates is None
     text = "\n".join(table(found, pipeline))
     assert "20 robot + 4 grounding (the paper: 256 + 64)" in text and "0.7500" in text
+    assert f"a multiple of 1, allow {pipeline.schedule.bound:.1%}" in text
+    for tokens, sequences, efficiency in longer_sequences(pipeline.schedule)[:3]:
+        line = f"schedule.tokens {tokens} would take {sequences} sequences: {efficiency:.1%}"
+        assert line in text
 
 
 def test_command_on_the_real_bridge(shared, tmp_path, capsys):
