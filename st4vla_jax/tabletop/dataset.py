@@ -149,7 +149,9 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     except ValueError as error:
         raise DatasetError(f"{path}: not readable ({error}); delete {out}") from error
     differ = [
-        f"{key}: {there.get(key)} there, {value} asked for"
+        "code: another version of st4vla_jax.tabletop, which may draw other scenes"
+        if key == "code"
+        else f"{key}: {there.get(key)} there, {value} asked for"
         for key, value in settings.items()
         if there.get(key) != value
     ]

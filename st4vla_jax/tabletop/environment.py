@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from st4vla_jax.tabletop.render import VIEWS, Renderer
-from st4vla_jax.tabletop.sampling import SPLITS, sample
+from st4vla_jax.tabletop.sampling import SPLITS, check_task, sample
 from st4vla_jax.tabletop.tasks import MAX_STEPS, TASKS, Progress
 from st4vla_jax.tabletop.world import World
 
@@ -98,8 +98,7 @@ class Tabletop:
         Raises:
           ValueError: an unknown task or split, or the two do not go together.
         """
-        if task not in TASKS or split not in SPLITS:
-            sample(np.random.default_rng(0), task, split)  # says what is wrong
+        check_task(task, split)
         rng = np.random.default_rng([seed, TASKS.index(task), SPLITS.index(split)])
         start = sample(rng, task, split)
         self.world = World(start.scene, start.tip)

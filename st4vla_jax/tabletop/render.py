@@ -81,7 +81,7 @@ class Renderer:
         draw = {"primary": self._primary, "wrist": self._wrist}
         return {view: np.array(draw[view](world)) for view in self._views}
 
-    def _still(self, view: str, world: World, make: Callable[[], Image.Image]) -> Image.Image:
+    def _still(self, view: str, make: Callable[[], Image.Image]) -> Image.Image:
         """The layer of what is not in the gripper."""
         if view not in self._layers:
             self._layers[view] = make()
@@ -98,7 +98,7 @@ class Renderer:
             draw_still(ImageDraw.Draw(image), world, project)
             return image
 
-        image = self._still("primary", world, make).copy()
+        image = self._still("primary", make).copy()
         draw = ImageDraw.Draw(image)
         draw_shadow(draw, world.tip, project, size)
         if world.held is not None and world.held >= 0:
@@ -124,7 +124,7 @@ class Renderer:
             draw_still(ImageDraw.Draw(image), world, flat)
             return image
 
-        layer, tip = self._still("wrist", world, make), world.tip
+        layer, tip = self._still("wrist", make), world.tip
         half = (0.055 + 0.3 * tip.z) * density
         u, v = flat(tip.x, tip.y, 0.0)
         box = (u - half, v - half, u + half, v + half)

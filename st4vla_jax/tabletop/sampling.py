@@ -80,12 +80,7 @@ def check_task(task: str, split: str) -> None:
 
 
 def sample(rng: np.random.Generator, task: str, split: str) -> Assignment:
-    """Draws an episode's start.
-
-    Raises:
-      ValueError: an unknown task or split, or the two do not go together.
-    """
-    check_task(task, split)
+    """Draws an episode's start; for the arguments see `check_task`."""
     for _ in range(_ATTEMPTS):
         if (found := _Draw(rng, task, split).attempt()) is not None:
             return found

@@ -186,7 +186,7 @@ def test_other_settings_are_refused(tmp_path):
 def test_other_code_is_refused(tmp_path, monkeypatch):
     write_dataset(tmp_path / "set", episodes=0, generic=2, image_size=28)
     monkeypatch.setattr(dataset, "_code_digest", lambda: "changed")
-    with pytest.raises(DatasetError, match="code: "):
+    with pytest.raises(DatasetError, match="code: another version"):
         write_dataset(tmp_path / "set", episodes=0, generic=2, image_size=28)
 
 
