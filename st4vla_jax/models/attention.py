@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from st4vla_jax.models import attention_cudnn
+from st4vla_jax.models import attention_cudnn, attention_splash
 from st4vla_jax.runtime import ATTENTION_KERNELS
 from st4vla_jax.sharding import Rules
 
@@ -74,6 +74,13 @@ def attention(
             return attention_cudnn.attend(q, k, v, mask, causal)
 
         return _on_mesh(attend, rules, q, k, v, (mask,))
+    if plain and name == "splash":
+        interpret = _platform() != "tpu"
+
+        def attend(q, k, v, segments):
+            return attention_splash.attend(q, k, v, segments, causal, interpret)
+
+        return _on_mesh(attend, rules, q, k, v, (q_segments,))
     return _xla(q, k, v, q_segments, kv_segments, causal, q_offset, query_chunk, weights_fn)
 
 
@@ -94,10 +101,13 @@ def kernel_for(
         )
     if choice == "auto":
         choice = _platform_kernel()
-    fits = attention_cudnn.supports(dtype, q_len, kv_len, head_dim)
-    if choice == "cudnn" and (not fits or (causal and q_len != kv_len)):
-        return "xla"
-    return choice
+    fits = {
+        "xla": True,
+        "cudnn": attention_cudnn.supports(dtype, q_len, kv_len, head_dim)
+        and not (causal and q_len != kv_len),
+        "splash": attention_splash.supports(q_len, kv_len),
+    }
+    return choice if fits[choice] else "xla"
 
 
 def segment_mask(
@@ -125,9 +135,15 @@ def _segment_mask(q_segments, kv_segments):
     return (q_segments[..., :, None] == kv_segments[..., None, :])[..., None, :, :]
 
 
-def _platform_kernel() -> str:
+def _platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
+    return jax.default_backend() if device is None else device.platform
+
+
+def _platform_kernel() -> str:
+    platform = _platform()
+    if platform == "tpu":
+        return "splash"
     if platform == "gpu" and attention_cudnn.device_has_kernel():
         return "cudnn"
     return "xla"
@@ -143,9 +159,9 @@ def _on_mesh(
 ) -> Array:
     """Runs ``attend(q, k, v, *per_row)`` on every device's own rows and heads.
 
-    The partitioner cannot split a kernel: it would gather its operands.  Key/value heads that the
-    rules leave whole are cut to those that the device's query heads read.  ``per_row`` are arrays
-    (or None) with the batch as first axis, the same for all heads.
+    The partitioner cannot split a kernel: it would gather its operands.  Grouped key/value heads
+    that the rules leave whole are cut to those that the device's query heads read.  ``per_row`` are
+    arrays (or None) with the batch as first axis, the same for all heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if rules is None or mesh.empty:
@@ -161,7 +177,8 @@ def _on_mesh(
     head_axes, shards = split("act_heads", heads)
     if groups % shards and shards % groups:
         head_axes, shards = (), 1  # a device's queries would straddle two key/value heads
-    kv_axes = head_axes if rules.mesh_axes("act_kv_heads") and not groups % shards else ()
+    split_kv = groups == heads or (rules.mesh_axes("act_kv_heads") and not groups % shards)
+    kv_axes = head_axes if split_kv else ()
 
     def local(q, k, v, *per_row):
         if head_axes and not kv_axes:
