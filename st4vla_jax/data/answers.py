@@ -19,10 +19,18 @@ from st4vla_jax.data.source import Region, Turn
 REGION = "<region>"  # the next region as a JSON object
 COORDINATES = "<coordinates>"  # the next region's bare numbers, inside a text of another format
 
+_NUMBER = r"\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*"
+LITERAL = re.compile(rf"[\[(]({_NUMBER}(?:,{_NUMBER}){{1,3}})[\])]")  # [x, y] or (x1, y1, x2, y2)
+
 _PLACEHOLDER = re.compile(f"{REGION}|{COORDINATES}")
 _KEYS = {"box": "bbox_2d", "point": "point_2d", "trajectory": "point_2d"}
 
 Size = tuple[int, int]  # height, width in pixels
+
+
+def has_literal(turns: Sequence[Turn]) -> bool:
+    """Whether a text holds bracketed numbers that no region stands for: they follow no crop."""
+    return any(LITERAL.search(turn.text) for turn in turns)
 
 
 def to_resized(coordinates: np.ndarray, old_hw: Size, new_hw: Size) -> np.ndarray:

@@ -95,7 +95,11 @@ class Augment:
         return np.array(Image.fromarray(image).convert("RGB", tuple(matrix.ravel())))
 
     def apply(
-        self, images: Sequence[np.ndarray], regions: Sequence[Region], rng: np.random.Generator
+        self,
+        images: Sequence[np.ndarray],
+        regions: Sequence[Region],
+        rng: np.random.Generator,
+        crop: bool = True,
     ) -> tuple[tuple[np.ndarray, ...], tuple[Region, ...]]:
         """Augments a sample, each image on its own.
 
@@ -106,6 +110,7 @@ class Augment:
           images: u8[h,w,3] each.
           regions: of all images, in their original pixels.
           rng: of this sample alone.
+          crop: False leaves the images whole, and changes their colours only.
 
         Returns:
           Images of the same sizes, and the regions in their new pixels; boxes are clipped.
@@ -114,15 +119,15 @@ class Augment:
         for number, image in enumerate(images):
             height, width = image.shape[:2]
             own = {i: region for i, region in enumerate(regions) if region.image == number}
-            crop = (0, 0, width, height)
-            for _ in range(_TRIES):
+            box = (0, 0, width, height)
+            for _ in range(_TRIES if crop else 0):
                 drawn = self.crop_box(rng, height, width)
                 if all(self._keeps(region, drawn, (width, height)) for region in own.values()):
-                    crop = drawn
+                    box = drawn
                     break
-            left, top, right, bottom = crop
+            left, top, right, bottom = box
             for i, region in own.items():
-                moved[i] = _moved(region, crop, (width, height))
+                moved[i] = _moved(region, box, (width, height))
             resized = resize(image[top:bottom, left:right], height, width)
             augmented.append(self.jitter(rng, resized))
         return tuple(augmented), tuple(moved)

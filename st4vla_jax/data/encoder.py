@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from st4vla_jax.data.answers import longest_turns, render_turns
+from st4vla_jax.data.answers import has_literal, longest_turns, render_turns
 from st4vla_jax.data.image import (
     ImageConfig,
     ImageError,
@@ -360,9 +360,13 @@ def _widened(values: np.ndarray, width: int) -> np.ndarray:
 def _augmented(
     sample: Sample, augment: Augment, rng: np.random.Generator
 ) -> tuple[Sequence[np.ndarray], Sequence[Turn]]:
-    """Images of unchanged sizes, and turns whose regions moved along."""
+    """Images of unchanged sizes, and turns whose regions moved along.
+
+    Numbers that are literally in a text would stay behind, so such a sample is not cropped.
+    """
     regions: list[Region] = [region for turn in sample.turns for region in turn.regions]
-    images, moved = augment.apply(sample.images, regions, rng)
+    crop = sample.robot is not None or not has_literal(sample.turns)
+    images, moved = augment.apply(sample.images, regions, rng, crop)
     remaining = iter(moved)
     turns = [
         dataclasses.replace(turn, regions=tuple(next(remaining) for _ in turn.regions))

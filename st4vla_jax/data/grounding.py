@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from st4vla_jax.data.answers import has_literal
 from st4vla_jax.data.holdout import check_part, open_part, other_part
 from st4vla_jax.data.image import ImageError, decode_image
 from st4vla_jax.data.index_folder import (
@@ -45,6 +47,8 @@ from st4vla_jax.data.source_files import (
 
 _FORMAT = 2  # of the index; another one makes a new index
 _KINDS = ("text", "box", "point", "trajectory")
+
+_LOG = logging.getLogger(__name__)
 
 Size = tuple[int, int]  # height, width in pixels
 
@@ -221,6 +225,7 @@ class _Builder:
         self.bad: list[str] = []
         self.rows: list[tuple[int, ...]] = []  # file, line, offset, length, kind
         self.contents: list[int] = []
+        self.literal: list[str] = []  # records with numbers in their texts
         self.counts, self.sizes = [0], []
 
     def build(self, work: Path, stamps: list[list[Any]], allowed: int) -> dict[str, Any]:
@@ -234,6 +239,13 @@ class _Builder:
         check_problems(", ".join(stamp[0] for stamp in stamps), self.bad, allowed, self.missing)
         if not self.rows:
             raise SourceError(f"{stamps[0][0]}: it holds no records")
+        if self.literal:
+            _LOG.warning(
+                "%d records have bracketed numbers in their texts, first %s: they stay as they "
+                "are, so these images are never cropped; if they are coordinates, say in which "
+                "frame (coordinates=...), so that they follow the resize and crops",
+                len(self.literal), self.literal[0],
+            )  # fmt: skip
         columns = np.array(self.rows, np.int64).T
         kinds = (np.int32, np.int32, np.int64, np.int32, np.uint8)
         for key, column, dtype in zip(
@@ -261,19 +273,22 @@ class _Builder:
                 content.update(line)
                 if line.strip():
                     try:
-                        kind, about, sizes = self._check(line)
+                        kind, about, literal, sizes = self._check(line)
                     except (BadRecordError, ImageError) as e:
                         self.bad.append(f"{name}:{line_number}: {e}")
                     else:
                         self.rows.append((number, line_number, offset, len(line), kind))
                         self.contents.append(about)
+                        self.literal += [f"{name}:{line_number}"] * literal
                         self.counts.append(len(sizes))
                         self.sizes += sizes
                 offset += len(line)
         return content.hexdigest()
 
-    def _check(self, line: bytes) -> tuple[int, int, list[Size]]:
-        """(number of the answer kind, hash of what it is about, image sizes) of a usable record."""
+    def _check(self, line: bytes) -> tuple[int, int, bool, list[Size]]:
+        """Of a usable record: number of the answer kind, hash of what it is about, whether its
+        texts hold coordinates, image sizes.
+        """
         record = parse_record(line)
         paths = image_paths(record)
         sizes = [self._size(path) for path in paths]
@@ -283,7 +298,8 @@ class _Builder:
         check_turns(turns, sizes)
         about = paths or [turn.text for turn in turns]
         content = hashlib.blake2b(digest(list(about)).encode(), digest_size=8).digest()
-        return _KINDS.index(answer_kind(turns)), int.from_bytes(content, "little"), sizes
+        content = int.from_bytes(content, "little")
+        return _KINDS.index(answer_kind(turns)), content, bool(sizes) and has_literal(turns), sizes
 
     def _size(self, name: str) -> Size | str:
         """(height, width) by the image's header alone, or what is wrong with it."""

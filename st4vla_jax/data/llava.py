@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from st4vla_jax.data.answers import COORDINATES, longest_turns
+from st4vla_jax.data.answers import COORDINATES, LITERAL, longest_turns
 from st4vla_jax.data.image import ImageConfig, smart_resize
 from st4vla_jax.data.prompts import PromptError, turn_texts
 from st4vla_jax.data.source import BadRecordError, Region, Turn
@@ -27,8 +27,6 @@ Size = tuple[int, int]  # height, width in pixels
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 POINTS = {"box": 2, "point": 1}  # a trajectory has one or more
 
-_NUMBER = r"\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*"
-_LIST = re.compile(rf"[\[(]({_NUMBER}(?:,{_NUMBER}){{1,3}})[\])]")
 _FRAME = re.compile(r"(\d+)x(\d+)")
 
 _SLACK = 1.0  # pixels that annotations of other tools may lie outside, by rounding
@@ -141,7 +139,7 @@ def lift_coordinates(
     """Replaces bracketed lists of two or four numbers by ``<coordinates>`` and their regions."""
     regions: list[Region] = []
     if len(sizes) != 1:
-        if _LIST.search(text):
+        if LITERAL.search(text):
             problems.append(
                 f"turn {number} has coordinates, and the record {len(sizes)} images: say which "
                 "image they are in by 'regions'"
@@ -159,7 +157,7 @@ def lift_coordinates(
         regions.append(Region(kind, points.astype(np.float32)))
         return COORDINATES
 
-    return _LIST.sub(lift, text), regions
+    return LITERAL.sub(lift, text), regions
 
 
 def answer_kind(turns: Sequence[Turn]) -> str:

@@ -5,12 +5,15 @@ openvla's Open-X mixtures and InternVLA-M1's (spec data.md section 5, upstream.m
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import numpy as np
 
 from st4vla_jax.data.oxe import LIBERO_SUITES
 from st4vla_jax.data.robot_spec import SpecError, nearest
+
+_LOG = logging.getLogger(__name__)
 
 _MAGIC_SOUP = {
     "fractal20220817_data": 0.54087122203,
@@ -67,10 +70,21 @@ MIXTURES: Mapping[str, Mapping[str, float]] = {
 }
 
 
+# What was not read in its source but remembered: check it before numbers are compared.  The rest is
+# in spec data.md section 5 (magic_soup_plus' 27 weights, how many sets magic_soup and plus_minus
+# have, what plus_minus leaves out) and upstream.md 4.4 (bridge_rt_1, libero_all).
+FROM_MEMORY: Mapping[str, str] = {
+    "rtx": "its members and their weights",
+    "oxe_magic_soup": "which 23 of magic_soup_plus' sets it has, with the same weights",
+}
+
+
 def mixture(name: str) -> Mapping[str, float]:
     """Weights of a registered mixture by data set; an unknown name is a SpecError."""
     if name not in MIXTURES:
         raise SpecError(f"no mixture {name!r}{nearest(name, MIXTURES)}")
+    if name in FROM_MEMORY:
+        _LOG.warning("mixture %s: from memory is %s", name, FROM_MEMORY[name])
     return MIXTURES[name]
 
 

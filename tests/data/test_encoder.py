@@ -167,6 +167,23 @@ def test_augmentation_moves_boxes_along_and_depends_on_the_rng():
     assert one.targets.tolist() != plain.targets.tolist()
 
 
+@pytest.mark.parametrize(
+    ("text", "cropped"),
+    [("at [12, 34]", False), ("(0.25, .5) and (1, 2, 3, 4)", False), ("[cup], 2 (two)", True)],
+)
+def test_numbers_that_follow_no_crop_hold_it_back(text, cropped):
+    """Colours change all the same; without them, the image of a text with numbers is untouched."""
+    image = RNG(3).integers(0, 256, (84, 84, 3), np.uint8)
+    turns = (Turn("user", "<image>Where?"), Turn("assistant", text))
+    sample = Sample((image,), turns, None, "boxes", "a record")
+    plain, _ = encoder()(sample, RNG(0))
+    gray = Augment((0.5, 0.5), brightness=0, contrast=0, saturation=0, hue=0)
+    for augment, same in ((gray, not cropped), (dataclasses.replace(gray, brightness=0.5), False)):
+        own = encoder(augment=augment)
+        found = [own(sample, RNG(seed))[0].slots.patches for seed in range(3)]
+        assert all(np.array_equal(f, plain.slots.patches) == same for f in found)
+
+
 def test_bad_records_are_named():
     own = encoder()
     nan = robot_sample(actions=np.full((4, 7), np.nan, np.float32))

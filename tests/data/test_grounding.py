@@ -149,6 +149,21 @@ def test_numbers_in_texts_become_regions(folder, coordinates, numbers, expected)
         source(path, coordinates="percent")
 
 
+def test_numbers_left_in_texts_are_counted_and_named(folder, caplog):
+    records = [
+        conversation("<image>?", "at [10, 20]", image="a.png"),
+        conversation("<image>?", "a cup", image="a.png"),
+        conversation("<image>In (1, 2, 3, 4)?", "no", image="a.png"),
+    ]
+    path = jsonl(folder, records)
+    with caplog.at_level("WARNING"):
+        source(path)
+    assert f"2 records have bracketed numbers in their texts, first {path}:1" in caplog.text
+    caplog.clear()
+    source(path, coordinates="pixels")
+    assert "bracketed" not in caplog.text
+
+
 @pytest.mark.parametrize("augment", [False, True])
 def test_lengths_are_what_is_encoded(folder, augment):
     demo = source(jsonl(folder, GOOD))

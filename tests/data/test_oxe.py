@@ -6,7 +6,6 @@ import zlib
 import numpy as np
 import pytest
 
-from st4vla_jax.data.mixtures import MIXTURES, mixture, shares
 from st4vla_jax.data.oxe import SPECS, robot_spec
 from st4vla_jax.data.robot_spec import SpecError
 
@@ -261,7 +260,9 @@ def episode_of(layout):
 
 
 def test_every_registered_data_set_has_a_case():
-    assert {full_name(name) for name in CASES} == set(SPECS)
+    # Not of Open-X: this package's environment and a LeRobot folder have their own tests.
+    others = {"tabletop", "sim_pick_place"}
+    assert {full_name(name) for name in CASES} == set(SPECS) - others
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -321,43 +322,14 @@ def test_control_rates_views_and_languages_of_some_sets():
 
 def test_sets_that_share_an_embodiment_agree_on_actions_and_state():
     for name, spec in SPECS.items():
+        if name == "sim_pick_place":
+            continue  # upstream gives it LIBERO's tag; merging their statistics is refused
         first = next(s for s in SPECS.values() if s.embodiment == spec.embodiment)
         assert (spec.action_spec, spec.state_encoding, spec.absolute) == (
             first.action_spec,
             first.state_encoding,
             first.absolute,
         ), name
-
-
-def test_mixtures():
-    assert {name: len(mixture(name)) for name in ("rtx", "oxe_magic_soup")} == {
-        "rtx": 10,
-        "oxe_magic_soup": 23,
-    }
-    assert len(mixture("oxe_magic_soup_plus")) == 27
-    assert len(mixture("oxe_magic_soup_plus_minus")) == 25
-    for name, weights in MIXTURES.items():
-        assert set(weights) <= set(SPECS), name
-        assert sum(shares(weights, {}).values()) == pytest.approx(1)
-    assert shares(mixture("bridge_rt_1"), {}) == {"bridge_orig": 0.5, "fractal20220817_data": 0.5}
-    assert mixture("oxe_magic_soup_plus")["droid"] == 0.06
-    assert mixture("oxe_magic_soup_plus_minus")["fractal20220817_data"] == 1.0
-    assert set(mixture("libero_all")) == {n for n in SPECS if n.startswith("libero")}
-    with pytest.raises(SpecError, match="did you mean 'bridge_rt_1'"):
-        mixture("bridge_rt1")
-
-
-def test_shares_by_weight_and_size():
-    weights, sizes = {"a": 2.0, "b": 1.0}, {"a": 100, "b": 400}
-    assert shares(weights, sizes) == pytest.approx({"a": 2 / 3, "b": 1 / 3})
-    assert shares(weights, sizes, 1) == pytest.approx({"a": 200 / 600, "b": 400 / 600})
-    assert shares(weights, sizes, 0.5) == pytest.approx({"a": 0.5, "b": 0.5})
-    with pytest.raises(SpecError) as error:
-        shares({"a": 0.0, "b": 1.0, "c": float("nan")}, {"a": 1}, 1)
-    for text in ("a: weight 0.0", "c: weight nan", "b: needs a size"):
-        assert text in str(error.value)
-    with pytest.raises(SpecError, match="empty"):
-        shares({}, {})
 
 
 def test_a_users_own_robot_is_a_short_file(tmp_path):
