@@ -173,14 +173,16 @@ def ending_together(heartbeat_s: int = HEARTBEAT_S) -> Iterator[None]:
         codes = (None, 0, RESTART_EXIT_CODE)  # of a run that ends everywhere alike
         if alone or (isinstance(error, SystemExit) and error.code in codes):
             raise
-        traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            # A collective fails at once when another process dies; if that is what happened, the
-            # missed heartbeat ends this process meanwhile, with the code to restart.
-            time.sleep(heartbeat_s + 10)
-        os._exit(1)
+        try:
+            traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                # A collective fails at once when another process dies; if that is what happened,
+                # the missed heartbeat ends this process meanwhile, with the code to restart.
+                time.sleep(heartbeat_s + 10)
+        finally:  # the log may be on the disk that is full
+            os._exit(1)
 
 
 class Preemption:
