@@ -1,0 +1,147 @@
+"""AdamW by path against torch.optim, schedules against transformers, coverage of the table."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from st4vla_jax.config import ConfigError
+from st4vla_jax.optim import Group, OptimConfig, Optimizer, coverage_problems, group_of
+from st4vla_jax.state import leaves_by_path, merge, split
+from st4vla_jax.train_step import init_train_state
+
+STEPS = 40
+CONFIG = OptimConfig(
+    {
+        "vlm": Group("vlm/", lr=3e-3, weight_decay=0.1),
+        "norms": Group(".*/scale", lr=1e-2, schedule="constant"),
+        "dit": Group("dit/", lr=2e-2, weight_decay=0.01, warmup=2, min_ratio=0.1),
+        "frozen": Group("dino/", freeze=True),
+    },
+    warmup=5,
+    clip=0.7,
+)
+
+
+def parameters(seed: int = 0):
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "vlm": {"q": {"kernel": (4, 3)}, "norm": {"scale": (3,)}},
+        "dit": {"kernel": (5,)},
+        "dino": {"kernel": (2, 2)},
+    }
+    return jax.tree.map(
+        lambda s: jnp.asarray(rng.standard_normal(s), jnp.float32),
+        shapes, is_leaf=lambda x: isinstance(x, tuple),
+    )  # fmt: skip
+
+
+def run(config: OptimConfig, updates: int):
+    """(parameters, moments, norms) after updates with gradients drawn by number."""
+    optimizer = Optimizer(config, STEPS)
+    trainable, frozen = split(parameters(), optimizer.is_trainable)
+    state = init_train_state(trainable, optimizer, frozen)
+    params, moments, norms = state.params, state.opt_state, []
+    for step in range(updates):
+        grads = split(parameters(100 + step), optimizer.is_trainable)[0]
+        params, moments, norm = optimizer.update(grads, moments, params, jnp.int32(step))
+        norms.append(float(norm))
+    return params, moments, norms, frozen
+
+
+@pytest.mark.parity
+def test_updates_equal_torch_adamw_with_clip_and_schedules():
+    import torch
+    from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
+
+    params, moments, norms, frozen = run(CONFIG, 20)
+    start = dict(leaves_by_path(parameters()))
+    tensors = {p: torch.tensor(np.asarray(x), requires_grad=True) for p, x in start.items()}
+    own = {path: group_of(path, CONFIG.groups) for path in start}
+    assert own["vlm/norm/scale"] == "norms" and own["dino/kernel"] == "frozen"
+    trained = [p for p in tensors if own[p] != "frozen"]
+    optimizers, schedulers = [], []
+    for name in ("vlm", "norms", "dit"):
+        group = CONFIG.groups[name]
+        adam = torch.optim.AdamW(
+            [tensors[p] for p in trained if own[p] == name], lr=group.lr, betas=(0.9, 0.95),
+            eps=1e-8, weight_decay=group.weight_decay,
+        )  # fmt: skip
+        optimizers.append(adam)
+        warmup = 5 if group.warmup < 0 else group.warmup
+        if group.schedule == "constant":
+            schedulers.append(
+                torch.optim.lr_scheduler.LambdaLR(adam, lambda s, w=warmup: min(1.0, s / w))
+            )
+        else:
+            schedulers.append(
+                get_cosine_with_min_lr_schedule_with_warmup(
+                    adam, warmup, STEPS, min_lr_rate=group.min_ratio
+                )
+            )
+    for step in range(20):
+        grads = dict(leaves_by_path(parameters(100 + step)))
+        for path in trained:
+            tensors[path].grad = torch.tensor(np.asarray(grads[path]))
+        norm = torch.nn.utils.clip_grad_norm_([tensors[p] for p in trained], 0.7)
+        np.testing.assert_allclose(norms[step], float(norm), rtol=1e-6)
+        for adam, scheduler in zip(optimizers, schedulers, strict=True):
+            adam.step()
+            scheduler.step()
+    for path, value in leaves_by_path(params):
+        np.testing.assert_allclose(value, tensors[path].detach(), rtol=0, atol=2e-6, err_msg=path)
+    states = {p: adam.state[tensors[p]] for adam in optimizers for p in trained
+              if tensors[p] in adam.state}  # fmt: skip
+    for name, tree in (("exp_avg", moments.mu), ("exp_avg_sq", moments.nu)):
+        for path, value in leaves_by_path(tree):
+            np.testing.assert_allclose(value, states[path][name], rtol=1e-5, atol=1e-8)
+    assert set(dict(leaves_by_path(frozen))) == {"dino/kernel"}
+
+
+def test_schedule_closed_form():
+    group = Group("", lr=2.0, min_ratio=0.25)
+    rate = [float(group.learning_rate(s, 50, 10)) for s in (0, 5, 10, 30, 50, 70)]
+    np.testing.assert_allclose(rate, [0, 1.0, 2.0, 2 * 0.625, 0.5, 0.5], rtol=1e-6)
+    linear = dataclasses.replace(group, schedule="linear")
+    np.testing.assert_allclose(float(linear.learning_rate(20, 50, 10)), 2 * 0.8125, rtol=1e-6)
+    assert float(dataclasses.replace(group, warmup=0).learning_rate(0, 50, 10)) == 2.0
+
+
+def test_moments_dtype():
+    _, moments, _, _ = run(dataclasses.replace(CONFIG, mu_dtype="bfloat16"), 1)
+    assert {x.dtype for x in jax.tree.leaves(moments.mu)} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(moments.nu)} == {jnp.dtype("float32")}
+
+
+def test_longest_match_owns_whatever_the_order():
+    groups = {"all": Group("", lr=1.0), "vision": Group("vlm/visual/", lr=1.0),
+              "vlm": Group("vlm/", lr=1.0)}  # fmt: skip
+    assert group_of("vlm/visual/x", groups) == "vision"
+    assert group_of("vlm/language_model/x", groups) == "vlm"
+    assert group_of("dit/x", groups) == "all"
+
+
+def test_every_problem_of_the_table_is_named():
+    paths = ["vlm/a", "dit/b", "new/c"]
+    groups = {"vlm": Group("vlm/", lr=1.0), "again": Group("vlm/", lr=1.0),
+              "dit": Group("dit/", freeze=True), "none": Group("bridge/", lr=1.0)}  # fmt: skip
+    text = "\n".join(coverage_problems(paths, groups))
+    assert "no pattern matches parameter new/c" in text
+    assert "vlm and again match equally much of parameter vlm/a" in text
+    assert "optim.groups.none: 'bridge/' owns no parameter" in text
+    frozen = coverage_problems(["dit/b"], {"dit": groups["dit"]})
+    assert frozen == ["optim.groups: every parameter is frozen"]
+    with pytest.raises(ConfigError, match="no pattern matches parameter new/c"):
+        Optimizer(OptimConfig(groups), 1).is_trainable("new/c")
+
+
+def test_split_and_merge_are_inverse():
+    tree = parameters()
+    chosen, others = split(tree, lambda path: path.startswith("vlm/q"))
+    assert set(others) == {"vlm", "dit", "dino"} and list(chosen) == ["vlm"]
+    back = dict(leaves_by_path(merge(chosen, others)))
+    assert back.keys() == dict(leaves_by_path(tree)).keys()
+    with pytest.raises(ValueError, match="both trainable and frozen"):
+        merge(tree, chosen)
