@@ -25,6 +25,7 @@ import numpy as np
 import yaml
 
 from convert_weights import export, qwen2_5_vl, st4vla
+from convert_weights.adapters import param_shapes, read_leaf
 from convert_weights.cli import command
 from convert_weights.rules import ConversionError, tensors_to_torch
 from convert_weights.safetensors_io import SafetensorsWriter, open_weights
@@ -35,8 +36,6 @@ from st4vla_jax.checkpoint import (
     STATISTICS,
     Meta,
     new_folder,
-    param_shapes,
-    read_leaf,
     read_meta,
 )
 from st4vla_jax.data.image import IMAGE_MEAN, IMAGE_STD

@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from convert_weights import export, qwen2_5_vl, st4vla
+from convert_weights.adapters import param_shapes, read_leaf
 from convert_weights.cli import command
 from convert_weights.rules import ConversionError, Rule
 from convert_weights.safetensors_io import LazyTensor, Tensors, lazy, open_weights
-from st4vla_jax.checkpoint import META, PASSTHROUGH, param_shapes, read_leaf, read_meta
+from st4vla_jax.checkpoint import META, PASSTHROUGH, read_meta
 
 HEAD = st4vla.VLM + qwen2_5_vl.HEAD
 EMBEDDING = st4vla.VLM + qwen2_5_vl.EMBEDDING

@@ -7,7 +7,6 @@ import json
 import jax
 
 from st4vla_jax.data.batch_picture import batch_picture
-from st4vla_jax.distributed import global_batch
 from st4vla_jax.metrics import read_metrics
 from st4vla_jax.train_checkpoints import complete_steps
 from st4vla_jax.train_lib import sample_ids
@@ -54,13 +53,10 @@ def _run(setup: Setup, step: int, folder) -> dict[str, float]:
             batch = next(batches)
         if compiled is None:
             compiled = compile_step(setup, batch)
-        state, metrics = compiled(
-            state, global_batch(batch, setup.mesh, setup.config.runtime.rules)
-        )
+        state, metrics = compiled(state, setup.to_device(batch))
         print(f"  ran step {number}")
     batches.close()
-    tokenizer = setup.pipeline.data_sets[0].encoders[0].tokenizer
-    batch_picture(batch, tokenizer).save(folder / "batch.png")
+    batch_picture(batch, setup.tokenizer).save(folder / "batch.png")
     values = jax.device_get(metrics)
     groups = by_group(values, setup.groups)
     return {name: float(value) for name, value in values.items()} | groups

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+import jax
+
 from st4vla_jax.batch import Batch
-from st4vla_jax.distributed import global_batch
 from st4vla_jax.eval.actions import HeldOut, mean_chunk
 from st4vla_jax.eval.pss import Probe, alignment
 from st4vla_jax.state import TrainState, merge
 from st4vla_jax.train_setup import Setup, open_held_out
+from st4vla_jax.train_step import make_loss_norms
 
 MEAN_BATCHES = 8  # training batches that the per-horizon mean is taken over
 
@@ -19,38 +21,38 @@ class Evaluation:
     """What is measured on fixed batches, beside the training step; compiles at its first use."""
 
     def __init__(self, setup: Setup, say: Callable[[str], None]) -> None:
-        """Opens what the config asks for; batches are read at the first use."""
+        """Only remembers; batches are read at the first use."""
         self._setup, self._say = setup, say
         self._held_out: HeldOut | None = None
-        self._probe: Probe | None = None
+        self._diagnostics: Diagnostics | None = None
 
     def due(self, step: int) -> bool:
         """Whether anything is measured after ``step`` updates."""
-        return self._scores_due(step) or self._diagnostics_due(step)
+        return self.scores_due(step) or self._diagnostics_due(step)
 
-    def __call__(self, state: TrainState, step: int) -> dict[str, float]:
-        """Metrics of a state: eval/*, eval_ema/* where an average is kept, align/*."""
-        metrics = {}
-        if self._scores_due(step):
-            if self._held_out is None:
-                self._held_out = self._open()
-            metrics |= self._held_out(state.all_params, self._to_device)
-            if state.ema is not None:
-                averaged = self._held_out(merge(state.ema, state.frozen), self._to_device)
-                metrics |= {k.replace("eval/", "eval_ema/", 1): v for k, v in averaged.items()}
-        if self._diagnostics_due(step):
-            if self._probe is None:
-                batch = first_batches(self._setup, 1)
-                config = self._setup.config
-                self._probe = Probe(self._setup.model, batch, config.seed, config.loss.repeats)
-            metrics |= alignment(self._probe(state.all_params, self._to_device))
-        return metrics
-
-    def _scores_due(self, step: int) -> bool:
+    def scores_due(self, step: int) -> bool:
+        """Whether held-out scores are taken, of which the best checkpoint may be kept."""
         config = self._setup.config
         every = config.evaluation.every
         overfit = self._setup.flags.overfit_one_batch and step == config.steps
         return overfit or bool(every) and (step % every == 0 or step == config.steps)
+
+    def __call__(self, state: TrainState, step: int) -> dict[str, float]:
+        """Metrics of a state: eval/*, eval_ema/* where an average is kept, and `Diagnostics`'."""
+        metrics = {}
+        if self.scores_due(step):
+            if self._held_out is None:
+                self._held_out = self._open()
+            to_device = self._setup.to_device
+            metrics |= self._held_out(state.all_params, to_device)
+            if state.ema is not None:
+                averaged = self._held_out(merge(state.ema, state.frozen), to_device)
+                metrics |= {k.replace("eval/", "eval_ema/", 1): v for k, v in averaged.items()}
+        if self._diagnostics_due(step):
+            if self._diagnostics is None:
+                self._diagnostics = Diagnostics(self._setup)
+            metrics |= self._diagnostics(state)
+        return metrics
 
     def _diagnostics_due(self, step: int) -> bool:
         every = self._setup.config.evaluation.diagnostics
@@ -76,8 +78,28 @@ class Evaluation:
             setup.model, batches, mean, names, setup.config.seed, config.samples, setup.groups
         )
 
-    def _to_device(self, batch: Batch) -> Batch:
-        return global_batch(batch, self._setup.mesh, self._setup.config.runtime.rules)
+
+class Diagnostics:
+    """How the two losses pull at the VLM, on the first training batch with fixed draws.
+
+    align/* of the last layer's query projection (eval/pss.py), and grad/vlm_* of the whole VLM,
+    which cost about three updates together.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        """Reads the batch."""
+        config = setup.config
+        self._setup, batches = setup, first_batches(setup, 1)
+        self._probe = Probe(setup.model, batches, config.seed, config.loss.repeats)
+        self._batch, self._key = batches[0], jax.random.key(config.seed)
+        self._norms = jax.jit(make_loss_norms(setup.model, setup.step_config))
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """Metrics of a state."""
+        params, to_device = state.all_params, self._setup.to_device
+        norms = jax.device_get(self._norms(params, to_device(self._batch), self._key))
+        named = {name: float(value) for name, value in norms.items()}
+        return alignment(self._probe(params, to_device)) | named
 
 
 def first_batches(setup: Setup, count: int, whole: bool = False) -> list[Batch]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from st4vla_jax.batch import Batch
 from st4vla_jax.data.batch_picture import batch_picture
-from st4vla_jax.distributed import RESTART_EXIT_CODE, Preemption, global_batch
+from st4vla_jax.distributed import RESTART_EXIT_CODE, Preemption
 from st4vla_jax.flops import mfu, model_flops, trainable_shares
 from st4vla_jax.goodput import Goodput, StepTimer, memory_metrics
 from st4vla_jax.metrics import MetricWriter, WandbSettings
@@ -117,9 +117,7 @@ class Run:
             if self._compiled is None:
                 self._compile(batch, step)
             with self._traced(step):
-                state, metrics = self._compiled(
-                    state, global_batch(batch, self.setup.mesh, config.runtime.rules)
-                )
+                state, metrics = self._compiled(state, self.setup.to_device(batch))
             self._count(batch)
             self._finish_pending()
             self._pending = step, metrics
@@ -144,7 +142,7 @@ class Run:
             self.progress.report({name: scores[name] for name in SHOWN if name in scores})
         if last or step % config.save_every == 0:
             self._finish_pending()
-            self._save(state, scores, wait=last)
+            self._save(state, scores if evaluation.scores_due(step) else None, wait=last)
 
     def _batches(self, step: int, stack: contextlib.ExitStack) -> Iterator[Batch]:
         """This process's batches from a step on; one batch for ever with overfit_one_batch."""

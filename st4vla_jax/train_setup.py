@@ -29,7 +29,8 @@ from st4vla_jax.checkpoint import (
 from st4vla_jax.config import ConfigError
 from st4vla_jax.data.pipeline import Pipeline
 from st4vla_jax.data.settings import DataSettings, open_pipeline
-from st4vla_jax.distributed import data_block
+from st4vla_jax.data.tokenizer import Tokenizer
+from st4vla_jax.distributed import data_block, global_batch
 from st4vla_jax.models.lora import LORA_A, LORA_B, add_lora, lora_problems
 from st4vla_jax.models.st4vla import ST4VLA
 from st4vla_jax.optim import Optimizer, coverage_problems
@@ -101,8 +102,12 @@ class Setup:
         return tuple(self.pipeline.data_sets[0].encoders[0].groups)
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> Tokenizer:
         return self.pipeline.data_sets[0].encoders[0].tokenizer
+
+    def to_device(self, batch: Batch) -> Batch:
+        """The global batch of which this process has the rows ``batch``."""
+        return global_batch(batch, self.mesh, self.config.runtime.rules)
 
 
 def prepare(config: TrainConfig, workdir: Path | str, flags: RunFlags = RunFlags()) -> Setup:  # noqa: B008

@@ -173,6 +173,36 @@ def module_norms(grads: Params) -> Metrics:
     return {f"grad/{m}": optax.global_norm(leaf) for m, leaf in own.items() if leaf}
 
 
+def make_loss_norms(model: ST4VLA, cfg: StepConfig) -> Callable[..., Metrics]:
+    """(all parameters, batch, key) -> norms of each loss's gradient in the whole VLM.
+
+    grad/vlm_action (after the decay), grad/vlm_text and their cosine grad/vlm_cosine, each loss
+    times its weight.  It takes a forward and a backward pass for each loss, twice the cost of an
+    update without accumulation, since the sum of both is all that an update needs.
+    """
+
+    def loss_norms(params: Params, batch: Batch, key: jax.Array) -> Metrics:
+        draws = model.draw(key, batch, cfg.repeats)
+        denominators = Denominators.of(batch, cfg.repeats)
+
+        def gradient(weights: LossWeights) -> Params:
+            def loss(vlm: Params) -> jax.Array:
+                whole = params | {"vlm": vlm}
+                return model.loss(whole, batch, draws, denominators, weights)[0]
+
+            return jax.grad(loss)(params["vlm"])
+
+        action = gradient(LossWeights(cfg.weights.action, 0.0))
+        text = gradient(LossWeights(0.0, cfg.weights.text))
+        norms = optax.global_norm(action), optax.global_norm(text)
+        products = jax.tree.map(lambda a, t: jnp.sum(a * t, dtype=jnp.float32), action, text)
+        cosine = sum(jax.tree.leaves(products)) / jnp.maximum(norms[0] * norms[1], 1e-30)
+        names = ("grad/vlm_action", "grad/vlm_text", "grad/vlm_cosine")
+        return dict(zip(names, (*norms, cosine), strict=True))
+
+    return loss_norms
+
+
 def _metrics(cfg, total, parts: _Parts, norm, grads, probes, optimizer, step) -> Metrics:
     """Scalars by name; group means stay sums and weights, since a step may lack a group."""
     rates = optimizer.learning_rates(step)
