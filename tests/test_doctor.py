@@ -262,6 +262,12 @@ def test_tokenizer(tmp_path):
     assert fine.status == "ok" and "278 tokens for 320 rows" in fine.text
     big = only(doctor_config.tokenizer(grounding_config(tmp_path, **{"model.vlm": "3b"})))
     assert big.status == "warn" and "convert_weights.tokenizer" in big.advice
+    tiny_model = grounding_config(tmp_path).model
+    text = dataclasses.replace(tiny_model.text, vocab_size=200)
+    small = dataclasses.replace(
+        grounding_config(tmp_path), model=dataclasses.replace(tiny_model, text=text)
+    )
+    assert only(doctor_config.tokenizer(small)).status == "fail"
     byte_level_tokenizer().save(tmp_path / "tok")
     given = grounding_config(tmp_path, **{"data.tokenizer": str(tmp_path / "tok")})
     assert only(doctor_config.tokenizer(given)).status == "ok"

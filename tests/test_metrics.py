@@ -60,25 +60,27 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
     assert (tmp_path / "metrics.old.jsonl").read_bytes() == before
 
 
-def test_a_line_cut_off_by_a_kill_goes(tmp_path):
+@pytest.mark.parametrize("cut", [b'{"step": 2, "time": 17', b'{"step": 2, "time": 17.0}'])
+def test_a_line_cut_off_by_a_kill_goes(tmp_path, cut):
     write_steps(tmp_path, range(3))
     path = tmp_path / "metrics.jsonl"
     before = path.read_bytes()
-    path.write_bytes(before + b'{"step": 2, "time": 17')
+    path.write_bytes(before + cut)
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 1, 2]
     metrics.drop_steps(path, 3)
     assert path.read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "tensorboard"]
 
 
-def test_a_crash_while_dropping_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("crash_in", ["os.fsync", "pathlib.Path.replace"])
+def test_a_crash_while_dropping_leaves_the_old_file(tmp_path, monkeypatch, crash_in):
     write_steps(tmp_path, range(4))
     before = (tmp_path / "metrics.jsonl").read_bytes()
 
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "fsync", crash)
+    monkeypatch.setattr(crash_in, crash)
     with pytest.raises(KeyboardInterrupt):
         MetricWriter(tmp_path, process_index=0, first_step=1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
