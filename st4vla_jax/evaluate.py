@@ -24,6 +24,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,15 @@ from st4vla_jax.tabletop.tasks import TASKS
 from st4vla_jax.train_checkpoints import RUN
 from st4vla_jax.train_config import TrainConfig
 
-_CURVES = ("align/pss", "iou50", "action_mse", "loss/")  # of a run's metrics, by part of the name
+# Plots of a run's metrics: title -> pattern of the whole name.
+_CURVES = {
+    "PSS": r"align/pss(_random|_top)?",
+    "gradient cosine": r"align/cosine",
+    "IoU@0.5": r"eval/.*iou50(_floor)?",
+    "action error": r"eval/action_mse(_\w+)?",
+    "held-out text loss": r"eval/text_loss",
+    "training loss": r"loss/(action|text)",
+}
 
 
 def actions(args: argparse.Namespace, policy: Policy, checkpoint: Path, about: Any) -> Outcome:
@@ -149,13 +158,16 @@ def training_section(checkpoint: Path) -> list[Section]:
     if not (workdir / METRICS_FILE).is_file():
         return []
     lines = read_metrics(workdir)
-    names = sorted({name for line in lines for name in line if any(c in name for c in _CURVES)})
-    whole = [name for name in names if name.count("/") < 2 or name.endswith("iou50")]
+    names = sorted({name for line in lines for name in line})
     curves = {
-        name: {name: [(line["step"], line[name]) for line in lines if name in line]}
-        for name in whole
+        title: {
+            name: [(line["step"], line[name]) for line in lines if name in line]
+            for name in names
+            if re.fullmatch(pattern, name)
+        }
+        for title, pattern in _CURVES.items()
     }
-    return [Section("Training", curves=curves)]
+    return [Section("Training", curves={title: found for title, found in curves.items() if found})]
 
 
 def evaluate(args: argparse.Namespace) -> None:

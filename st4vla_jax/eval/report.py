@@ -24,6 +24,7 @@ img { max-width: 100%; image-rendering: auto }
 figure { margin: 1rem 0 } figcaption { color: #606060 }
 """
 _PLOT = (420, 220, 46)  # width, height, margin in pixels
+_LINE = 14  # pixels of a curve's name below the plot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _plot(title: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> st
         return f"{margin + across * inner_w:.1f},{height - margin - up * inner_h:.1f}"
 
     parts = [
-        f'<svg width="{width}" height="{height}" font-size="11" role="img">',
+        f'<svg width="{width}" height="{height + _LINE * len(curves)}" font-size="11" role="img">',
         f'<text x="{margin}" y="14">{html.escape(title)}</text>',
         f'<text x="2" y="{height - margin}">{y0:.3g}</text>',
         f'<text x="2" y="{margin + 4}">{y1:.3g}</text>',
@@ -115,6 +116,6 @@ def _plot(title: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> st
         colour = COLOURS[number % len(COLOURS)]
         line = " ".join(place(x, y) for x, y in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}"/>')
-        x = margin + number * 110
-        parts.append(f'<text x="{x}" y="{height - 8}" fill="{colour}">{html.escape(name)}</text>')
+        y = height - 8 + number * _LINE
+        parts.append(f'<text x="{margin}" y="{y}" fill="{colour}">{html.escape(name)}</text>')
     return "".join(parts) + "</svg>"

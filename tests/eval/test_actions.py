@@ -54,7 +54,7 @@ def energy(samples, truth):
 def brute_force(chunks, action, mean):
     """Metrics by loops over samples, steps and dimensions."""
     chunks, actions = chunks.astype(np.float64), action.actions.astype(np.float64)
-    errors, wholes = [], []
+    errors, wholes, gains = [], [], []
     for b, k in itertools.product(range(B), range(K)):
         counted = action.action_mask[b, k] & action.valid[b, k]
         y, x = actions[b, k], chunks[:, b, k]
@@ -65,7 +65,9 @@ def brute_force(chunks, action, mean):
         if counted.any():
             point = [np.linalg.norm((p - y)[counted]) for p in (mean, np.zeros_like(mean))]
             wholes.append([energy(x[:, counted], y[counted]), *point])
+            gains.append(np.mean(((mean - y) ** 2 - (x.mean(axis=0) - y) ** 2)[counted]))
     table, whole = np.array(errors), np.mean(wholes, axis=0)
+    half = 1.959964 * np.std(gains, ddof=1) / math.sqrt(len(gains))
     total = table[:, 2:].mean(axis=0)
     want = {
         "action_mse": total[0],
@@ -75,6 +77,9 @@ def brute_force(chunks, action, mean):
         "energy": whole[0],
         "energy_mean_baseline": whole[1],
         "energy_zero_baseline": whole[2],
+        "action_gain": np.mean(gains),
+        "action_gain_low": np.mean(gains) - half,
+        "action_gain_high": np.mean(gains) + half,
     }
     entries = [(f"h{t}", 0, t) for t in range(C)] + [(n, 1, a) for a, n in enumerate(NAMES)]
     for name, column, index in entries:

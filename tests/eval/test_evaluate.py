@@ -128,12 +128,17 @@ def test_training_curves(checkpoint, tmp_path):
     step = tmp_path / "run" / "checkpoints" / "00000002"
     step.mkdir(parents=True)
     assert evaluate.training_section(step) == []
-    lines = [{"step": s, "align/pss": 0.1 * s, "loss/text": 1.0, "time/step": 2} for s in (1, 2)]
+    shown = {"align/pss": 0.5, "align/pss_random": 0.1, "eval/set/iou50": 0.0, "loss/text": 1.0}
+    lines = [{"step": s, **shown, "time/step": 2, "loss/text/set": 1.0} for s in (1, 2)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "run" / "metrics.jsonl").write_text(text)
     (section,) = evaluate.training_section(step)
-    assert section.curves["align/pss"] == {"align/pss": [(1, 0.1), (2, 0.2)]}
-    assert set(section.curves) == {"align/pss", "loss/text"}
+    assert section.curves["PSS"] == {
+        "align/pss": [(1, 0.5), (2, 0.5)],
+        "align/pss_random": [(1, 0.1), (2, 0.1)],
+    }
+    found = {name for curves in section.curves.values() for name in curves}
+    assert found == set(shown)
 
 
 # --- Closed loop: what is kept -------------------------------------------------------------------
