@@ -8,6 +8,7 @@ one token; a window is 4x4 cells, less at the bottom and right edges, and attend
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import math
 from collections.abc import Sequence
@@ -106,7 +107,7 @@ def decode_image(
     try:
         image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
         if image.mode not in _DEEP_MODES:
-            return np.array(image.convert("RGB"))
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     # PIL raises SyntaxError on broken PNG chunks, ValueError and EOFError in other decoders.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
         raise ImageError(f"{name or 'image bytes'}: not a readable image ({e})") from e
@@ -155,7 +156,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """PIL bicubic resize of u8[h,w,3] to u8[height,width,3]; the same array if sizes are equal."""
     if image.shape[:2] == (height, width):
         return image
-    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def prepare(image: np.ndarray, cfg: ImageConfig) -> np.ndarray:
@@ -199,34 +200,40 @@ def arrange(images: Sequence[np.ndarray]) -> VisionSlots:
       ImageError: an image whose sides are not multiples of 28.
     """
     grids = _grids([image.shape[:2] for image in images])
+    places = _places(grids)
+    slots = len(places.patch_image) // _CELL_PATCHES
+    patches = np.zeros((slots, _CELL_PATCHES, _PATCH_BYTES), np.uint8)
+    for image, (rows, cols), cell in zip(images, grids, places.cells, strict=True):
+        patches[cell] = _cell_patches(image, rows, cols)
+    return dataclasses.replace(places, patches=patches.reshape(-1, _PATCH_BYTES))
+
+
+@functools.lru_cache(maxsize=4096)
+def _places(grids: tuple[tuple[int, int], ...]) -> VisionSlots:
+    """All of `arrange` but the pixels: it depends on the sizes only; read-only arrays."""
     areas = [_window_areas(*grid) for grid in grids]
     starts, bins = _place_windows(areas)
     slots = bins * _BIN_CELLS
-    patches = np.zeros((slots, _CELL_PATCHES, _PATCH_BYTES), np.uint8)
     patch_hw = np.zeros((slots, _CELL_PATCHES, 2), np.int32)
     patch_image = np.zeros((slots, _CELL_PATCHES), np.int32)
     patch_window = np.zeros((slots, _CELL_PATCHES), np.int32)
     cells, first = [], 0
-    for number, (image, (rows, cols)) in enumerate(zip(images, grids, strict=True)):
+    for number, (rows, cols) in enumerate(grids):
         row, col = np.divmod(np.arange(rows * cols, dtype=np.int32), cols)
         window = first + row // _WINDOW * -(-cols // _WINDOW) + col // _WINDOW
         row_length = np.minimum(_WINDOW, cols - col // _WINDOW * _WINDOW)
         cell = starts[window] + row % _WINDOW * row_length + col % _WINDOW
-        patches[cell] = _cell_patches(image, rows, cols)
         patch_hw[cell, :, 0] = _MERGE * row[:, None] + (0, 0, 1, 1)
         patch_hw[cell, :, 1] = _MERGE * col[:, None] + (0, 1, 0, 1)
         patch_image[cell] = number + 1
         patch_window[cell] = window[:, None] + 1
         cells.append(cell)
         first += len(areas[number])
-    return VisionSlots(
-        patches.reshape(-1, _PATCH_BYTES),
-        patch_hw.reshape(-1, 2),
-        patch_image.reshape(-1),
-        patch_window.reshape(-1),
-        tuple(cells),
-        grids,
-    )
+    none = np.zeros((0, _PATCH_BYTES), np.uint8)
+    flat = patch_hw.reshape(-1, 2), patch_image.reshape(-1), patch_window.reshape(-1)
+    for array in (*flat, *cells):
+        array.flags.writeable = False
+    return VisionSlots(none, *flat, tuple(cells), grids)
 
 
 def num_slots(sizes: Sequence[tuple[int, int]]) -> int:
