@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs.tabletop import get_config
 from st4vla_jax import evaluate
 from st4vla_jax.checkpoint import Meta, write_checkpoint
 from st4vla_jax.data.image import ImageConfig
@@ -15,7 +16,9 @@ from st4vla_jax.data.normalize import ActionSpec
 from st4vla_jax.eval.closed_loop import Episode, LoopConfig
 from st4vla_jax.eval.runner import checkpoint_hash, run_closed_loop, versions
 from st4vla_jax.policy.ensemble import AdaptiveEnsemble, RecedingHorizon, TemporalEnsemble
+from st4vla_jax.tabletop.dataset import write_dataset
 from st4vla_jax.tabletop.environment import Observation, Transition
+from st4vla_jax.train_config import plain
 from tests.reference.policy import PROMPT, TOKENIZER, random_params, tiny_policy
 
 LIMITS = {"mean": 0.0, "std": 1.0, "max": 1.0, "min": -1.0, "q01": -0.5, "q99": 0.5}
@@ -95,6 +98,32 @@ def test_grounding_and_tabletop(checkpoint, records, tmp_path, capsys):
 
     assert run(checkpoint, tmp_path / "a", *flags, "--cfg-scale", 1.0) == 1
     assert "other settings; choose another --out" in capsys.readouterr().err
+
+
+def test_held_out_actions_of_a_run(tmp_path, capsys):
+    """The run's own config says where its data are; statistics are the checkpoint's."""
+    write_dataset(tmp_path / "data", episodes=12, grounding=8, image_size=56)
+    config = get_config("stage2")
+    config.data.sets.tabletop.path = str(tmp_path / "data" / "tabletop" / "1.0.0")
+    config.data.sets.tabletop.holdout = 0.4
+    config.data.sets.grounding.path = str(tmp_path / "data" / "grounding" / "records.jsonl")
+    config.data.sets.grounding.images = str(tmp_path / "data" / "grounding")
+    config.data.sets.grounding.holdout = 0.4
+    config.data.schedule.update({"robot_samples": 4, "grounding_samples": 2, "window": 2})
+    record = {"format_version": 1, "step": 0, "metrics": {}, "run": {"config": plain(config)}}
+    statistics = json.dumps({"tabletop": ENTRY}).encode()
+    files = {"train.json": json.dumps(record).encode(), "dataset_statistics.json": statistics}
+    folder = write_policy(tmp_path / "ckpt", files)
+    capsys.readouterr()
+    flags = ("--suite", "actions", "--samples", 2, "--batches", 2)
+    assert run(folder, tmp_path / "out", *flags) == 0, capsys.readouterr().err
+    metrics = json.loads((tmp_path / "out" / "summary.json").read_text())["metrics"]
+    for name in ("", "_mean_baseline", "_zero_baseline", "_neighbour_baseline", "/gripper", "/h7"):
+        assert metrics[f"eval/action_mse{name}"] > 0
+    assert metrics["eval/text_loss"] > 0
+    # With the checkpoint's statistics (-0.5 and 0.5) small moves stay small: q99 scales by 2.
+    assert metrics["eval/action_mse_zero_baseline"] < 0.5
+    assert evaluate.trained_views(folder) == ("primary", "wrist")
 
 
 def test_bad_input(checkpoint, records, tmp_path, capsys):
