@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 
+from st4vla_jax.tabletop.demonstrator import command
 from st4vla_jax.tabletop.environment import Environment, Tabletop
 from st4vla_jax.tabletop.episodes import demonstrate
+from st4vla_jax.tabletop.render import Renderer
 from st4vla_jax.tabletop.sampling import splits_of
 from st4vla_jax.tabletop.tasks import MAX_STEPS, TASKS
 from st4vla_jax.tabletop.world import MAX_MOVE, MAX_TURN
@@ -52,6 +54,18 @@ def test_an_episode_does_not_depend_on_the_one_before():
     np.testing.assert_array_equal(after.images["wrist"], alone.images["wrist"])
 
 
+@pytest.mark.parametrize("task", ["push_to", "stack", "close_slider"])
+def test_what_was_drawn_before_leaves_no_trace(task):
+    env, done = Tabletop(56), False
+    env.reset(2, task, "train")
+    while not done:
+        observation, done, _, _ = env.step(command(env.world, env.progress.goal))
+        fresh = Renderer(56)
+        fresh.reset(env.world.scene)
+        for view, image in fresh.draw(env.world).items():
+            np.testing.assert_array_equal(observation.images[view], image)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_the_demonstrator_succeeds(task):
     env, failures, count = Tabletop(views=()), [], 0
@@ -76,6 +90,18 @@ def test_the_demonstrator_succeeds_in_99_of_100(task):
         for seed in range(1000, 1300)
     ]
     assert np.mean(found) >= 0.99
+
+
+def test_the_demonstrator_goes_up_before_it_goes_across():
+    env = Tabletop(views=())
+    for seed in range(10):
+        env.reset(seed, "pick", "train")
+        tip, target = env.world.tip, env.world.scene.bodies[env.progress.goal.target]
+        tip.z, tip.open = 0.02, True
+        tip.x = target.x + (0.1 if target.x < 0 else -0.1)
+        action = command(env.world, env.progress.goal)
+        np.testing.assert_array_equal(action[:2], 0)
+        assert action[2] > 0.03
 
 
 def test_commands_are_labels_and_what_is_executed_is_disturbed():

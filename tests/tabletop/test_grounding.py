@@ -143,6 +143,17 @@ def test_the_box_of_an_answer_holds_the_colour_of_the_question(make):
     assert np.mean(np.array(shares) > 0.2) >= 0.97  # the gripper hides some
 
 
+def test_lists_hold_a_labelled_box_for_every_object():
+    found = [robot_example(2, index, kind="box") for index in range(60)]
+    lists = [e for e in found if "every object" in e.turns[0].text]
+    assert len(lists) >= 3
+    for example in lists:
+        regions = example.turns[1].regions
+        assert {region.kind for region in regions} == {"box"}
+        assert len({region.label for region in regions}) == len(regions) >= 2
+        assert example.turns[1].text.count("<region>") == len(regions)
+
+
 @pytest.mark.parametrize("make", [robot_example, generic_example])
 def test_records_are_usable_and_follow_from_their_number(make):
     kinds = set()
