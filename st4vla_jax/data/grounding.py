@@ -61,6 +61,9 @@ class GroundingSource:
       bad: one line for each record that the index leaves out.
     """
 
+    _arrays: tuple[str, ...] = ("file", "line", "kind", "content", "size_start", "sizes", "offset",
+                                "length")  # fmt: skip
+
     def __init__(
         self,
         paths: Path | str | Sequence[Path | str],
@@ -103,7 +106,7 @@ class GroundingSource:
         self._folder = cache_root(paths[0], index_dir) / f"grounding-{key[:16]}"
 
         def build(work: Path) -> dict[str, Any]:
-            return _Builder(root, coordinates).build(work, stamps, max_bad_records)
+            return IndexBuilder(root, coordinates).build(work, stamps, max_bad_records)
 
         build_once(self._folder, build)
         self._open()
@@ -117,14 +120,8 @@ class GroundingSource:
         self._fingerprint = meta["fingerprint"]
         check_stamps(meta["stamps"])
         self._names = [stamp[0] for stamp in meta["stamps"]]
-        copies = (self._folder / f"{i}.jsonl" for i in range(len(self._names)))
-        # Objects of `open` close themselves; reads go by pread, which has no shared position.
-        self._files = [
-            open(copy if copy.exists() else name, "rb")  # noqa: SIM115
-            for copy, name in zip(copies, self._names, strict=True)
-        ]
-        arrays = ("file", "line", "offset", "length", "kind", "content", "size_start", "sizes")
-        self._index = {a: open_array(self._folder / f"{a}.npy") for a in arrays}
+        self._index = {a: open_array(self._folder / f"{a}.npy") for a in self._arrays}
+        self._open_files(meta)
         content = self._index["content"]
         self._part = open_part(
             self._folder,
@@ -132,6 +129,14 @@ class GroundingSource:
             len(content),
             lambda: other_part(content, *self._choice),
         )
+
+    def _open_files(self, meta: dict[str, Any]) -> None:
+        copies = (self._folder / f"{i}.jsonl" for i in range(len(self._names)))
+        # Objects of `open` close themselves; reads go by pread, which has no shared position.
+        self._files = [
+            open(copy if copy.exists() else name, "rb")  # noqa: SIM115
+            for copy, name in zip(copies, self._names, strict=True)
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "_folder": self._folder, "_choice": self._choice}
@@ -167,30 +172,35 @@ class GroundingSource:
 
     def record(self, index: int) -> dict[str, Any]:
         """The record as stored, keys of other tools included."""
+        return self._read(index)[0]
+
+    def _read(self, index: int) -> tuple[dict[str, Any], list[Path] | list[bytes]]:
+        """The record, and the files or the bytes of its images."""
         row = self._row(index)
         offset, length = (int(self._index[key][row]) for key in ("offset", "length"))
         line = os.pread(self._files[self._index["file"][row]].fileno(), length, offset)
         try:
-            return parse_record(line)
+            record = parse_record(line)
         except BadRecordError as e:
             raise BadRecordError(f"{self.record_name(index)}: {e}") from e
+        return record, [self._root / path for path in image_paths(record)]
 
     def turns(self, index: int) -> tuple[Turn, ...]:
         """The conversation, regions in original pixels."""
         return record_turns(self.record(index), self.image_sizes(index), self._coordinates)
 
     def __getitem__(self, index: int) -> Sample:
-        record, sizes, where = self.record(index), self.image_sizes(index), self.record_name(index)
-        images = []
-        for path, size in zip(image_paths(record), sizes, strict=True):
+        (record, encoded), where = self._read(index), self.record_name(index)
+        sizes, images = self.image_sizes(index), []
+        for number, (source, size) in enumerate(zip(encoded, sizes, strict=True)):
+            name = str(source) if isinstance(source, Path) else f"image {number}"
             try:
-                images.append(decode_image(self._root / path))
+                images.append(decode_image(source, name))
             except ImageError as e:
                 raise BadRecordError(f"{where}: {e}") from e
             if images[-1].shape[:2] != size:
                 raise BadRecordError(
-                    f"{where}: {self._root / path} is {images[-1].shape[:2]} pixels, {size} when "
-                    "it was indexed"
+                    f"{where}: {name} is {images[-1].shape[:2]} pixels, {size} when it was indexed"
                 )
         return Sample(
             tuple(images),
@@ -215,7 +225,7 @@ class GroundingSource:
         return digest(self._fingerprint, self._part.digest)
 
 
-class _Builder:
+class IndexBuilder:
     """Writes an index; memory is a few numbers a record."""
 
     def __init__(self, root: Path, coordinates: str) -> None:
@@ -235,7 +245,7 @@ class _Builder:
             if _is_array(path):
                 path = work / f"{number}.jsonl"
                 _array_to_jsonl(Path(name), path)
-            hashes.append(self._add_file(number, path, name))
+            hashes.append(self.add_file(number, path, name))
         check_problems(", ".join(stamp[0] for stamp in stamps), self.bad, allowed, self.missing)
         if not self.rows:
             raise SourceError(f"{stamps[0][0]}: it holds no records")
@@ -265,7 +275,7 @@ class _Builder:
             "fingerprint": kept,
         }
 
-    def _add_file(self, number: int, path: Path, name: str) -> str:
+    def add_file(self, number: int, path: Path, name: str) -> str:
         """Adds a file's records; returns the sha256 of its content."""
         content, offset = hashlib.sha256(), 0
         with open(path, "rb") as lines:
@@ -273,33 +283,47 @@ class _Builder:
                 content.update(line)
                 if line.strip():
                     try:
-                        kind, about, literal, sizes = self._check(line)
+                        record = parse_record(line)
+                        paths = image_paths(record)
+                        sizes = [self._size(path) for path in paths]
+                        if wrong := [size for size in sizes if isinstance(size, str)]:
+                            raise BadRecordError("; ".join(wrong))
+                        place = number, line_number, offset, len(line)
+                        self.add(place, record, paths, sizes, f"{name}:{line_number}")
                     except (BadRecordError, ImageError) as e:
                         self.bad.append(f"{name}:{line_number}: {e}")
-                    else:
-                        self.rows.append((number, line_number, offset, len(line), kind))
-                        self.contents.append(about)
-                        self.literal += [f"{name}:{line_number}"] * literal
-                        self.counts.append(len(sizes))
-                        self.sizes += sizes
                 offset += len(line)
         return content.hexdigest()
 
-    def _check(self, line: bytes) -> tuple[int, int, bool, list[Size]]:
-        """Of a usable record: number of the answer kind, hash of what it is about, whether its
-        texts hold coordinates, image sizes.
+    def add(
+        self,
+        place: tuple[int, int, int, int],
+        record: dict[str, Any],
+        images: Sequence[str],
+        sizes: Sequence[Size],
+        where: str,
+    ) -> None:
+        """Checks and adds a record.
+
+        Args:
+          place: number of its file, of its line (or record), its offset and length.
+          record: as parsed.
+          images: what tells its images from others.
+          sizes: (height, width) of each.
+          where: file and line, for messages.
+
+        Raises:
+          BadRecordError, ImageError: it cannot be used.
         """
-        record = parse_record(line)
-        paths = image_paths(record)
-        sizes = [self._size(path) for path in paths]
-        if wrong := [size for size in sizes if isinstance(size, str)]:
-            raise BadRecordError("; ".join(wrong))
         turns = record_turns(record, sizes, self.coordinates)
         check_turns(turns, sizes)
-        about = paths or [turn.text for turn in turns]
-        content = hashlib.blake2b(digest(list(about)).encode(), digest_size=8).digest()
-        content = int.from_bytes(content, "little")
-        return _KINDS.index(answer_kind(turns)), content, bool(sizes) and has_literal(turns), sizes
+        about = digest(list(images) or [turn.text for turn in turns])
+        content = hashlib.blake2b(about.encode(), digest_size=8).digest()
+        self.rows.append((*place, _KINDS.index(answer_kind(turns))))
+        self.contents.append(int.from_bytes(content, "little"))
+        self.literal += [where] * (bool(sizes) and has_literal(turns))
+        self.counts.append(len(sizes))
+        self.sizes += sizes
 
     def _size(self, name: str) -> Size | str:
         """(height, width) by the image's header alone, or what is wrong with it."""

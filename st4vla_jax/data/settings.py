@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from st4vla_jax.data.augment import Augment
 from st4vla_jax.data.encoder import SampleEncoder
 from st4vla_jax.data.episode_table import Filters
 from st4vla_jax.data.grounding import GroundingSource
+from st4vla_jax.data.grounding_folder import GroundingFolder
 from st4vla_jax.data.holdout import is_held_out
 from st4vla_jax.data.image import ImageConfig
 from st4vla_jax.data.mixtures import shares
@@ -45,7 +47,7 @@ class SetSettings:
       name: its key in the config; messages and metrics name grounding sets by it, robot sets by
         their spec.
       kind: one of KINDS.
-      path: folder, or JSON file(s) for "grounding".
+      path: folder; for "grounding" JSON file(s), or a folder of data.convert.
       weight: see `mixtures.shares`; among robot, or among grounding, sets.
       prompts: names in prompts.TEMPLATES or templates, in turn from epoch to epoch; () = those of
         the data section.
@@ -56,7 +58,7 @@ class SetSettings:
       pause: robots only, see `episode_table.Filters`.
       holdout: share of the episodes (grounding: of the images with their records) that training
         does not see, by a hash of their content, see `data.holdout`.
-      images, coordinates: grounding only, see `GroundingSource`.
+      images, coordinates: grounding JSON only, see `GroundingSource`.
       video, stride: lerobot_grounding only, see `LeRobotGrounding`.
       max_bad_records: that the index may leave out.
     """
@@ -217,12 +219,14 @@ def open_source(entry: SetSettings, settings: DataSettings, part: str = "train")
         "max_bad_records": entry.max_bad_records,
         "index_dir": settings.index_dir or None,
     }
+    path = entry.path if isinstance(entry.path, str) else entry.path[0]
+    if entry.kind == "grounding" and Path(path).is_dir():
+        return GroundingFolder(path, name=entry.name, **common)
     if entry.kind == "grounding":
         return GroundingSource(
             entry.path, name=entry.name, images=entry.images, coordinates=entry.coordinates,
             **common,
         )  # fmt: skip
-    path = entry.path if isinstance(entry.path, str) else entry.path[0]
     if entry.kind == "lerobot_grounding":
         from st4vla_jax.data.lerobot import LeRobotGrounding  # needs the extra [lerobot]
 

@@ -2,14 +2,22 @@
 
 import itertools
 import json
+import os
+import pickle
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from st4vla_jax.data.encoder import SampleEncoder
 from st4vla_jax.data.grounding import GroundingSource
+from st4vla_jax.data.grounding_folder import GroundingFolder
 from st4vla_jax.data.image import decode_image
+from st4vla_jax.data.settings import DataSettings, SetSettings, open_source
+from st4vla_jax.data.source import BadRecordError
+from st4vla_jax.data.source_files import SourceError
+from st4vla_jax.data.tokenizer import byte_level_tokenizer
 from st4vla_jax.data.writer import RECORDS
 from tests.reference import shards as reference
 from tests.reference.converted import convert, manifest, records
@@ -87,6 +95,55 @@ def test_grounding_and_back(tmp_path):
         more = options if source == path else []
         again = convert(source, tmp_path / folder, "--to", "jsonl", *more)
         assert_sources_equal(before, GroundingSource(again / RECORDS, name="a"))
+
+
+def test_a_converted_folder_is_a_source(tmp_path):
+    path = grounding_file(tmp_path / "in")
+    out = convert(path, tmp_path / "out", "--shard_records", 3, "--coordinates", "fraction")
+    before = GroundingSource(path, name="a", coordinates="fraction")
+    source = GroundingFolder(out, name="a", index_dir=tmp_path / "index")
+    assert_sources_equal(before, source)
+    assert source.groups == before.groups and len(source) == 10
+    assert len(pickle.dumps(source)) < 1000
+    assert_sources_equal(source, pickle.loads(pickle.dumps(source)))
+    ours, theirs = (s.lengths(SampleEncoder(byte_level_tokenizer())) for s in (source, before))
+    for name in ("tokens", "slots", "targets", "robot"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+    moved = tmp_path / "moved"
+    shutil.copytree(out, moved)
+    assert GroundingFolder(moved, name="a").fingerprint() == source.fingerprint()
+    parts = [GroundingFolder(out, name="a", holdout=0.3, part=p) for p in ("train", "held_out")]
+    assert [len(p) for p in parts] == [7, 3]
+    assert {s.record for p in parts for s in p} == {s.record for s in source}
+    # By settings: a folder where a JSON file could be.
+    entry = SetSettings("a", "grounding", str(out))
+    assert isinstance(open_source(entry, DataSettings((entry,))), GroundingFolder)
+
+
+def test_faults_of_a_converted_folder(tmp_path):
+    out = convert(grounding_file(tmp_path / "in"), tmp_path / "out", "--shard_records", 3)
+    first, second, *_ = (out / s["name"] for s in manifest(out)["splits"]["train"]["shards"])
+    data = bytearray(second.read_bytes())
+    source = GroundingFolder(out, name="a", index_dir=tmp_path / "index")
+    stamp = second.stat()
+    # The JPEG's bytes: riegeli keeps these chunks as they are, behind a checksum.
+    data[data.find(b"\xff\xd8") + 300] ^= 4
+    second.write_bytes(data)
+    os.utime(second, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    source._reader._delays = (0.0,)
+    with pytest.raises(BadRecordError, match=f"{second.name} record 0: .*checksum"):
+        source[3]
+    with pytest.raises(SourceError, match=f"{second.name} record 0: .*hash mismatch"):
+        GroundingFolder(out, name="a")
+    first.unlink()
+    with pytest.raises(SourceError, match=f"missing:\n.*{first.name}"):
+        GroundingFolder(out, name="a")
+    with pytest.raises(SourceError, match="no conversion.json; not a folder of data.convert"):
+        GroundingFolder(tmp_path / "in", name="a")
+    tree = manifest(out) | {"format": "rlds"}
+    (out / "conversion.json").write_text(json.dumps(tree))
+    with pytest.raises(SourceError, match="holds rlds episodes"):
+        GroundingFolder(out, name="a")
 
 
 @pytest.mark.parity
