@@ -34,6 +34,7 @@ from st4vla_jax.sharding import Rules
 RESTART_EXIT_CODE = 75  # EX_TEMPFAIL: a launcher runs the same command again
 HEARTBEAT_S = 20  # a process not heard of for so long is dead; jax's own default is 100
 _AGREEMENT_S = 300  # processes of one job start at different times
+_LINGER_S = 5
 _VARIABLES = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
     "num_processes": "JAX_NUM_PROCESSES",
@@ -41,7 +42,8 @@ _VARIABLES = {
 }
 _LOG = logging.getLogger(__name__)
 _rounds = itertools.count()
-_handlers: list[Any] = []  # C callbacks must not be collected
+# What abort() does belongs to the process: the C handler, kept from being collected, and its code.
+_abort: dict[str, Any] = {"code": RESTART_EXIT_CODE}
 
 
 class DistributedError(RuntimeError):
@@ -146,24 +148,28 @@ def _end_on_abort() -> None:
     """
 
     def end(_: int) -> None:
-        os.write(2, b"another process of this run has died: this one ends, to be restarted\n")
-        os._exit(RESTART_EXIT_CODE)
+        if _abort["code"] == RESTART_EXIT_CODE:
+            os.write(2, b"another process of this run has died: this one ends, to be restarted\n")
+        os._exit(_abort["code"])
 
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
-    _handlers.append(handler)
-    ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
+    _abort["handler"] = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), _abort["handler"])
 
 
 # --- End ----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def ending_together(heartbeat_s: int = HEARTBEAT_S) -> Iterator[None]:
-    """A failure in the body ends this process at once, so that the others notice.
+def ending_together(
+    expected: tuple[type[Exception], ...] = (), heartbeat_s: int = HEARTBEAT_S
+) -> Iterator[None]:
+    """With several processes, a failure in the body ends this one at once, with exit code 1.
 
-    Leaving Python in the ordinary way would wait minutes for processes that wait for this one.
+    Leaving Python in the ordinary way would wait minutes for processes that wait for this one.  In
+    a single process the exception goes on as usual.
 
     Args:
+      expected: errors that are told by their message alone, without a traceback.
       heartbeat_s: as given to `initialize`.
     """
     try:
@@ -174,13 +180,21 @@ def ending_together(heartbeat_s: int = HEARTBEAT_S) -> Iterator[None]:
         if alone or (isinstance(error, SystemExit) and error.code in codes):
             raise
         try:
-            traceback.print_exc()
+            if isinstance(error, expected):
+                print(f"error: {error}", file=sys.stderr)
+            else:
+                traceback.print_exc()
             sys.stdout.flush()
             sys.stderr.flush()
             if isinstance(error, jax.errors.JaxRuntimeError):
                 # A collective fails at once when another process dies; if that is what happened,
                 # the missed heartbeat ends this process meanwhile, with the code to restart.
                 time.sleep(heartbeat_s + 10)
+            else:
+                _abort["code"] = 1
+                if jax.process_index() == 0:
+                    # When it goes, the others end to be restarted: those that fail too come first.
+                    time.sleep(_LINGER_S)
         finally:  # the log may be on the disk that is full
             os._exit(1)
 

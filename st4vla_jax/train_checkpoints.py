@@ -148,15 +148,14 @@ class TrainCheckpoints:
             _LOG.info("step %d is saved already", step)
             return
         self._handler.started = time.monotonic()
-        self._handler.record = {
-            META: dataclasses.replace(self._meta, step=step).to_json(),
-            RUN: {
-                "format_version": FORMAT_VERSION,
-                "step": step,
-                "metrics": dict(metrics or {}),
-                "run": dict(run),
-            },
+        record = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "metrics": {name: float(value) for name, value in (metrics or {}).items()},
+            "run": dict(run),
         }
+        meta = dataclasses.replace(self._meta, step=step).to_json()
+        self._handler.record = {META: _json(meta), RUN: _json(record)}
         items = _StepArgs(**trees.to_save(state))
         self._writing, path = step, self._path(step)
         with self._explained():
@@ -307,7 +306,7 @@ class _StepHandler(ocp.CompositeCheckpointHandler):
         super().__init__(**{name: ocp.PyTreeCheckpointHandler(use_zarr3=True) for name in names})
         self._files = files
         # Of the step being written:
-        self.record: dict[str, Any] = {}  # name -> JSON-able
+        self.record: dict[str, bytes] = {}  # the last one is the commit marker
         self.started = 0.0
 
     def finalize(self, directory: Path) -> None:
@@ -315,9 +314,7 @@ class _StepHandler(ocp.CompositeCheckpointHandler):
         super().finalize(directory)
         directory = Path(directory)
         files = {f"meta/{name}": content for name, content in self._files.items()}
-        for name, values in self.record.items():  # the commit marker comes last
-            files[name] = (json.dumps(values, indent=2) + "\n").encode()
-        for name, content in files.items():
+        for name, content in (files | self.record).items():
             target = directory / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
@@ -332,6 +329,10 @@ class _StepHandler(ocp.CompositeCheckpointHandler):
 @ocp.args.register_with_handler(_StepHandler, for_save=True, for_restore=True)
 class _StepArgs(ocp.args.Composite):
     """Trees that `_StepHandler` writes."""
+
+
+def _json(values: Any) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def _contents(files: Mapping[str, bytes | Path]) -> dict[str, bytes]:
@@ -352,14 +353,17 @@ def _locked(folder: Path) -> Any:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / _LOCK).open("a")
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error.strerror})") from None
+    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise CheckpointError(
             f"{folder}: another run writes there; end it, or choose another --workdir"
         ) from None
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error.strerror})") from None
+    except OSError as error:  # e.g. Lustre mounted without flock
+        _LOG.warning("%s: cannot be locked (%s); see to one run at a time", folder, error.strerror)
     return file
 
 

@@ -28,7 +28,7 @@ from tests.reference import run_state
 
 folder, heartbeat = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 distributed.initialize(heartbeat_s=heartbeat)
-with distributed.ending_together(heartbeat):
+with distributed.ending_together((LookupError,), heartbeat):
     me = jax.process_index()
     preemption = distributed.Preemption()
     distributed.check_agreement({"config": "c0ffee", "step": "3"})
@@ -67,7 +67,7 @@ with distributed.ending_together(heartbeat):
             sys.exit(distributed.RESTART_EXIT_CODE)
         time.sleep(0.02)
 """
-# Trains without end, or fails in process 1.
+# Trains without end, or fails in process 0, in process 1, or in both.
 DIE = """
 import sys, time
 import jax, numpy as np
@@ -76,12 +76,12 @@ from st4vla_jax import distributed
 
 heartbeat, failing = int(sys.argv[1]), int(sys.argv[2])
 distributed.initialize(heartbeat_s=heartbeat)
-with distributed.ending_together(heartbeat):
+with distributed.ending_together((LookupError,), heartbeat):
     for step in range(100_000):
         multihost_utils.process_allgather(np.ones(2))
         print("step", step)
-        if step == 5 and jax.process_index() == failing:
-            raise KeyError("mistake")
+        if step == 5 and failing in (jax.process_index(), 2):
+            raise LookupError("mistake") if failing == 2 else OSError("mistake")
         time.sleep(0.02)
 """
 
@@ -151,10 +151,22 @@ def test_a_killed_process_ends_the_rest(tmp_path, victim):
 
 
 @pytest.mark.slow
-def test_a_failing_process_ends_the_rest(tmp_path):
-    with Processes(DIE, 2, [HEARTBEAT_S, 1], tmp_path) as processes:
-        assert processes.codes(60) == [RESTART_EXIT_CODE, 1], processes.log(0)
-        assert "KeyError: 'mistake'" in processes.log(1)
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failing_process_ends_the_rest(tmp_path, failing):
+    with Processes(DIE, 2, [HEARTBEAT_S, failing], tmp_path) as processes:
+        codes = processes.codes(60)
+        assert codes[failing] == 1 and codes[1 - failing] == RESTART_EXIT_CODE, codes
+        assert "OSError: mistake" in processes.log(failing)
+
+
+@pytest.mark.slow
+def test_all_fail_alike(tmp_path):
+    """None of them asks to be restarted, though the coordination service ends too."""
+    with Processes(DIE, 2, [HEARTBEAT_S, 2], tmp_path) as processes:
+        assert processes.codes(60) == [1, 1]
+        for i in range(2):
+            assert "error: mistake\n" in processes.log(i)
+            assert "Traceback" not in processes.log(i)
 
 
 def test_most_processes_are_right():
