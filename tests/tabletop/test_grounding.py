@@ -150,7 +150,7 @@ def test_lists_hold_a_labelled_box_for_every_object():
     for example in lists:
         regions = example.turns[1].regions
         assert {region.kind for region in regions} == {"box"}
-        assert len({region.label for region in regions}) == len(regions) >= 2
+        assert len({region.label for region in regions}) == len(regions) >= 1
         assert example.turns[1].text.count("<region>") == len(regions)
 
 
