@@ -87,7 +87,7 @@ def inspect_rlds(path: Path, spec_name: str | None, index_dir: Path | None) -> R
         )
         return report
     cameras = [name for name, column in folder.columns.items() if column.kind == "image"]
-    spec = dataclasses.replace(spec, images={name: name for name in cameras})
+    spec = dataclasses.replace(spec, images={name: name for name in cameras}, swap=())
     source = RldsSource(
         path, spec, ALL_SPLITS, chunk=1, views=cameras, index_dir=index_dir,
         filters=Filters(empty_language=False), max_bad_records=MANY,

@@ -167,6 +167,8 @@ class LeRobotSource(_Frames):
             raise SourceError(
                 f"{spec.name}: no views {', '.join(unknown)}; there are {', '.join(spec.images)}"
             )
+        if spec.swap:
+            raise SourceError(f"{spec.name}: swap is for RLDS folders; leave it out of the spec")
         if pad not in PADS or chunk < 1:
             raise ValueError(f"chunk {chunk} must be positive and pad {pad!r} one of {PADS}")
         check_part(holdout, part, spec.name)

@@ -5,8 +5,9 @@ action becomes f32[7]: delta xyz (m), delta roll-pitch-yaw (rad), gripper 1 = op
 not here needs no entry: `robot_spec` also reads a JSON file.
 
 Statistics are keyed by data set, except where released checkpoints use a tag of their own (spec
-upstream.md 2.6).  differs: droid's exterior cameras are not swapped at random, and its all-zero
-chunks are left to the pause filter of the index instead of fixed quantiles.
+upstream.md 2.6).  differs: droid's exterior cameras change places by a hash of episode and step,
+not drawn anew in each epoch (and for a whole episode); its all-zero chunks are left to the pause
+filter of the index instead of fixed quantiles.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def _spec(
     language: str = "language_instruction",
     language_encoding: str = "text",
     skip_first: int = 0,
+    swap: tuple[str, ...] = (),
 ) -> RobotSpec:
     return RobotSpec(
         name,
@@ -58,6 +60,7 @@ def _spec(
         language_encoding=language_encoding,
         control_hz=hz,
         skip_first=skip_first,
+        swap=swap,
     )
 
 
@@ -331,6 +334,7 @@ _SPECS = (
         ),
         (_part("observation/cartesian_position"), _part("observation/gripper_position")),
         embodiment="oxe_droid",
+        swap=("primary", "secondary"),
         encoding="pos_euler",
     ),
     *(

@@ -32,6 +32,7 @@ from st4vla_jax.data.index import StepIndex, open_index
 from st4vla_jax.data.index_folder import digest
 from st4vla_jax.data.robot_spec import RobotSpec, StandardEpisode, nearest
 from st4vla_jax.data.shards import ShardReader
+from st4vla_jax.data.shuffle import mixed
 from st4vla_jax.data.source import BadRecordError, Lengths, RobotStep, Sample, Turn
 from st4vla_jax.data.source_files import SourceError, check_problems, kept_lengths
 from st4vla_jax.data.tfds_folder import read_folder, shard_split
@@ -107,7 +108,8 @@ class RldsSource:
         table = open_table(index, spec)
         bad = [str(record) for record in (*index.bad, *table.bad)]
         check_problems(str(folder.root), bad, max_bad_records)
-        images = [spec.images[view] for view in views]
+        shown = dict.fromkeys((*views, *map(spec.partner, views)))
+        images = [spec.images[view] for view in shown]
         kept = open_selection(index, table, images, filters, holdout, part)
         place = _Place(
             str(folder.root), str(index.folder), table.folder.name, kept.folder.name,
@@ -119,8 +121,10 @@ class RldsSource:
         self._place, self._index, self._table, self._selection = place, index, table, kept
         self.spec = table.spec
         self.name = table.spec.name
-        self._columns = [table.spec.images[view] for view in place.views]
-        self._images = [index.images(path) for path in self._columns]
+        spec = table.spec
+        columns = [[spec.images[v], spec.images[spec.partner(v)]] for v in place.views]
+        self._columns = np.array(columns).T.tolist()  # as they are, and swapped
+        self._images = [[index.images(path) for path in paths] for paths in self._columns]
         self._instructions = index.instructions
         self._reader = ShardReader(Path(place.root), index.shards)
 
@@ -172,14 +176,19 @@ class RldsSource:
 
     def _read_images(self, indexed: np.void, step: int, record: str) -> tuple[np.ndarray, ...]:
         """Reads and decodes u8[h,w,3] of each view."""
-        data = self._read(indexed, [images[step] for images in self._images], record)
+        own = int(self._swapped(indexed["content"], step - int(indexed["start"])))
+        data = self._read(indexed, [images[step] for images in self._images[own]], record)
         try:
             return tuple(
                 decode_image(encoded, f"{record} {path}")
-                for encoded, path in zip(data, self._columns, strict=True)
+                for encoded, path in zip(data, self._columns[own], strict=True)
             )
         except ImageError as error:
             raise BadRecordError(str(error)) from error
+
+    def _swapped(self, content: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """Whether a step's views change places (`RobotSpec.swap`); content: u64 of its episode."""
+        return (mixed(content, step) & np.uint64(1)).astype(bool) & bool(self.spec.swap)
 
     def _read(self, indexed: np.void, wanted: Sequence[np.void], record: str) -> list[bytes]:
         """The encoded images, byte for byte as they were indexed."""
@@ -218,10 +227,13 @@ class RldsSource:
 
         def compute() -> Lengths:
             rows = self._table.index_rows(self._index)[self._selection.kept]
-            sizes = np.zeros((len(rows), len(self._images), 2), np.int32)
-            for view, images in enumerate(self._images):
-                sizes[:, view, 0] = images["height"][rows]
-                sizes[:, view, 1] = images["width"][rows]
+            sizes = np.zeros((len(rows), len(self._place.views), 2), np.int32)
+            steps = self._table.steps[self._selection.kept]
+            swapped = self._swapped(self.contents()[self.episodes()], steps)
+            for view, pair in enumerate(zip(*self._images, strict=True)):
+                for axis, name in enumerate(("height", "width")):
+                    own, other = (images[name][rows] for images in pair)
+                    sizes[:, view, axis] = np.where(swapped, other, own)
             return encoder.robot_lengths(self._instructions, self._index.language[rows], sizes)
 
         return kept_lengths(self._selection.folder, encoder, compute)
@@ -231,7 +243,7 @@ class RldsSource:
         shards = [(s.name, s.size, s.records, s.digest) for s in self._index.shards]
         spec = self.spec
         return digest(
-            shards, self._table.digest, self._selection.digest, self._columns,
+            shards, self._table.digest, self._selection.digest, self._columns[0], spec.swap,
             [spec.name, spec.embodiment, spec.absolute, spec.language, spec.language_encoding],
             [self._place.chunk, self._place.pad, self._place.masked],
         )  # fmt: skip

@@ -125,6 +125,7 @@ class RobotSpec:
       absolute: dimensions whose resting value is the last one and not 0 (padding of chunks).
       mode: normalisation, one of normalize.MODES.
       skip_first: steps dropped at the start of each episode.
+      swap: two views that change places in half of the steps (droid's exterior cameras); ().
     """
 
     name: str
@@ -142,6 +143,7 @@ class RobotSpec:
     absolute: tuple[int, ...] = ActionSpec.gripper
     mode: str = ActionSpec.mode
     skip_first: int = 0
+    swap: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         problems = [
@@ -168,6 +170,8 @@ class RobotSpec:
             problems.append(f"absolute: {self.absolute} is outside 0..{len(self.names) - 1}")
         if not isinstance(self.skip_first, int) or self.skip_first < 0:
             problems.append(f"skip_first: expected a count, got {self.skip_first!r}")
+        if self.swap and (len(set(self.swap)) != 2 or not set(self.swap) <= set(self.images)):
+            problems.append(f"swap: {self.swap} must be two of the views {', '.join(self.images)}")
         try:
             _ = self.action_spec
         except (StatisticsError, TypeError) as e:
@@ -190,6 +194,10 @@ class RobotSpec:
     def skip_last(self) -> int:
         """Steps dropped at the end of each episode: one if a part relabels."""
         return int(any("relabel" in part.ops for part in (*self.action, *self.state)))
+
+    def partner(self, view: str) -> str:
+        """The view that ``view`` changes places with: itself, but for `swap`."""
+        return dict(zip(self.swap, self.swap[::-1], strict=True)).get(view, view)
 
     def instruction(self, value: Any) -> str:
         """Text of one step's language column; see `decode_instruction`."""
