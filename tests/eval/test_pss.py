@@ -92,6 +92,17 @@ def test_random_gradients_have_the_larger_rank_over_the_size(ranks):
     assert error < 0.02
 
 
+def test_column_space_equals_an_svd():
+    g = torch_layout(np.random.default_rng(0).standard_normal((WIDTH, HEADS, DIM)))
+    want, values, _ = np.linalg.svd(g, full_matrices=False)
+    basis, got = column_space(g)
+    np.testing.assert_allclose(got[:WIDTH], values, rtol=1e-10)
+    np.testing.assert_allclose(got[WIDTH:], 0, atol=1e-6)
+    for rank in (1, 5, WIDTH):
+        projectors = [u[:, :rank] @ u[:, :rank].T for u in (basis, want)]
+        np.testing.assert_allclose(*projectors, atol=1e-10)
+
+
 def test_rank_rules():
     assert energy_rank(np.array([3.0, 1.0, 0.5]), 0.87) == 1  # 9 of 10.25 is 0.878
     assert energy_rank(np.array([3.0, 1.0, 0.5]), 0.88) == 2
