@@ -144,7 +144,7 @@ def test_the_box_of_an_answer_holds_the_colour_of_the_question(make):
 
 
 def test_lists_hold_a_labelled_box_for_every_object():
-    found = [robot_example(2, index, kind="box") for index in range(60)]
+    found = [robot_example(2, index, kind="box", size=28) for index in range(120)]
     lists = [e for e in found if "every object" in e.turns[0].text]
     assert len(lists) >= 3
     for example in lists:
