@@ -52,11 +52,10 @@ def classify(
       max_levels: token classes of one kind.
     """
     first = phases[0]
-    tokens, slots, targets = (
-        x[kept].astype(np.int64) for x in (first.tokens, first.slots, first.targets)
-    )
+    # i32 throughout: for a set of millions of samples these arrays are the peak of memory.
+    tokens, slots, targets = (x[kept] for x in (first.tokens, first.slots, first.targets))
     kinds = _kinds(tokens, slots, targets, per_window)
-    level = np.empty(len(kept), np.int64)
+    level = np.empty(len(kept), np.int32)
     for kind in range(kinds.max() + 1):
         members = np.flatnonzero(kinds == kind)
         count = min(max_levels, max(1, len(members) // MIN_MEMBERS))
@@ -70,7 +69,7 @@ def classify(
     for phase in phases:
         table = np.stack([phase.tokens[kept], phase.slots[kept], phase.targets[kept]], 1)
         # Sorted anew, since another paraphrase changes the tokens; ranks of classes stay.
-        ranked = np.lexsort((-table[:, 0].astype(np.int64), kinds))
+        ranked = np.lexsort((-table[:, 0], kinds))
         orders.append(kept[ranked].astype(np.int32))
         boxes.append(np.maximum.reduceat(table[ranked], starts[:-1], axis=0))
     box = np.max(boxes, axis=0)
@@ -118,16 +117,15 @@ def _kinds(
     """Splits samples by slots and targets as long as a split saves more than its extra places.
 
     Returns:
-      i64[n] kind of each sample, from 0.
+      i32[n] kind of each sample, from 0.
     """
-    codes, pair_of, counts = np.unique(
-        slots << 32 | targets, return_inverse=True, return_counts=True
-    )
+    code = slots.astype(np.int64) << 32 | targets
+    codes, counts = np.unique(code, return_counts=True)
     pairs = np.stack([codes >> 32, codes & 0xFFFFFFFF], 1)
     share = per_window / len(tokens)
     # Of an extra place: what an average sample costs.
     price = COSTS[:3] @ [tokens.mean(), slots.mean(), targets.mean()]
-    kind_of_pair = np.zeros(len(pairs), np.int64)
+    kind_of_pair = np.zeros(len(pairs), np.int32)
     pending, number = [np.arange(len(pairs))], 0
     while pending:
         members = pending.pop()
@@ -137,7 +135,7 @@ def _kinds(
             number += 1
         else:
             pending += [members[half] for half in halves]
-    return kind_of_pair[pair_of]
+    return kind_of_pair[np.searchsorted(codes, code)]
 
 
 def _best_split(
