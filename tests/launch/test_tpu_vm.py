@@ -204,3 +204,25 @@ def test_keep_tells_a_failed_training(host):
     (checkout / "run.status").write_text("1\n")
     result = launch("keep", *FLAGS, home=host, **FAST)
     assert result.returncode == 2 and "training ended with 1" in result.stderr
+
+
+def readme_lines(script):
+    """Command lines of launch/README.md that start a script, continued lines joined."""
+    text = (ROOT / "launch" / "README.md").read_text().replace("\\\n", " ")
+    lines = [line.split("#")[0].strip() for line in text.splitlines()]
+    return [line for line in lines if f"bash launch/{script}" in line and not line.startswith("|")]
+
+
+@pytest.mark.parametrize("line", readme_lines("tpu_vm.sh"))
+def test_the_readmes_lines_are_understood(line):
+    env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "DRY_RUN": "1"} | SETTINGS
+    result = subprocess.run(
+        ["bash", "-c", line], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0 and "+ gcloud" in result.stderr
+
+
+def test_the_readme_names_every_command():
+    named = {line.split("tpu_vm.sh ")[1].split(" ")[0] for line in readme_lines("tpu_vm.sh")}
+    commands = launch().stderr.split("Settings")[0].splitlines()
+    assert named == {line.split()[0] for line in commands if line.startswith("  ")}
