@@ -191,6 +191,7 @@ def test_formats_agree_and_index_is_reused(made, tmp_path):
     old, new = (LeRobotSource(made[v], spec(), chunk=5, index_dir=tmp_path) for v in made)
     for row in (0, 30, 69):
         np.testing.assert_array_equal(old[row].robot.actions, new[row].robot.actions)
+    np.testing.assert_array_equal(old.contents(), new.contents())  # no numbers, no file names
     folders = {path.name for path in tmp_path.iterdir() if path.name.startswith("lerobot-")}
     again = LeRobotSource(made["v3.0"], spec(), chunk=8, index_dir=tmp_path)
     assert {p.name for p in tmp_path.iterdir() if p.name.startswith("lerobot-")} == folders
