@@ -17,8 +17,10 @@ _FILL = -1  # segment of the slots that pad a row to whole blocks; batches have 
 def supports(q_len: int, kv_len: int) -> bool:
     """Whether the kernel is worth it: self-attention over at least one block of keys.
 
-    Vision windows (64 slots) stay with XLA: their scores are 64 numbers a slot and head, linear in
-    the row, while the kernel would compute blocks of 128 x 128 of which a quarter is wanted.
+    Vision windows (64 slots) stay with XLA: their scores are linear in the row.  At B=8, P=2560,
+    N=16, H=80 the v5p compiler counts 3.5 GB of HBM traffic, forward and backward, or 1.3 ms; the
+    kernel's three passes over blocks of 128 x 128 would take 7,680 grid steps of some 0.4 us
+    (estimated), for scores of which half are wanted.
     """
     return q_len == kv_len >= LANES
 

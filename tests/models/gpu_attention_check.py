@@ -19,9 +19,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from st4vla_jax.config import VLM_PRESETS, Runtime
+from st4vla_jax.models import attention_cudnn
 from st4vla_jax.models.attention import attention, kernel_for, segment_mask
 from st4vla_jax.models.qwen_lm import LanguageModel
 from st4vla_jax.models.qwen_vision import VisionTower
+from st4vla_jax.sharding import make_mesh
 
 INNER, ROUNDS = 10, 7  # calls in one timed program; rounds
 FAILURES: list[str] = []
@@ -208,6 +210,31 @@ def check_models() -> None:
             FAILURES.append(f"{model.__name__}: cudnn's gradient differs by {distance:.2e}")
 
 
+def check_shard_map() -> None:
+    """cuDNN under shard_map, as on several GPUs; attention() itself has no need of it on one."""
+    case = SMALL[0]
+    *args, segments = make_inputs(case)
+    mask = mask_of(case, "cudnn", segments)
+    rows = jax.sharding.PartitionSpec("fsdp")
+
+    def local(q, k, v, mask):
+        return attention_cudnn.attend(q, k, v, mask, case.causal)
+
+    def run(attend):
+        def f(q, k, v, g):
+            out, pull = jax.vjp(lambda *qkv: attend(*qkv, mask), q, k, v)
+            return out, pull(g)
+
+        return jax.jit(f)(*args)
+
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        mapped = run(jax.shard_map(local, in_specs=(rows,) * 4, out_specs=rows, check_vma=False))
+    worst = error(mapped, run(local))
+    print(f"{'under shard_map':28s} against without it {worst:.2e}")
+    if not worst < 1e-2:
+        FAILURES.append(f"under shard_map cudnn differs by {worst:.2e}")
+
+
 def main() -> None:
     device = jax.devices()[0]
     print(f"jax {jax.__version__} on {device.device_kind}")
@@ -218,6 +245,7 @@ def main() -> None:
     for case in (*SMALL, *WINDOWS):
         compare(case)
     check_models()
+    check_shard_map()
     for case in SIZE_3B:
         compare(case)
         measure(case)
