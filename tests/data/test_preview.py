@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from st4vla_jax.bench_data import BUFFERS, IN_MEMORY, fitted
 from st4vla_jax.data.pipeline import DataSet, Pipeline
 from st4vla_jax.data.preview import longer_sequences, main, preview, table
 from st4vla_jax.data.schedule import ScheduleConfig
@@ -135,14 +136,29 @@ def test_config_has_the_settings_and_their_defaults():
     assert settings == dataclasses.replace(plain, schedule=schedule)
 
 
+def test_memory_is_fitted_by_a_line():
+    found = {"frames": 1_000, "index_bytes": 200_000, "ours": {"peak_mib": 250.0},
+             f"tf.data {BUFFERS[0]}": {"peak_mib": 500.0},
+             f"tf.data {BUFFERS[1]}": {"peak_mib": 700.0}}  # fmt: skip
+    fit = fitted(found)
+    assert fit["tf.data"] == pytest.approx(500 + 200 * (256_000 - 1_000) / 8_000)
+    assert fit["tf.data_bytes_a_frame"] == pytest.approx(200 * 2**20 / 8_000)
+    assert fit["ours"] == pytest.approx(250 + (200 + IN_MEMORY) * (2_100_000 - 1_000) / 2**20)
+    del found[f"tf.data {BUFFERS[1]}"]
+    assert "tf.data" not in fitted(found)
+
+
 def test_bench_data_runs_and_says_what_it_did_not_measure(tmp_path):
     out = tmp_path / "out.json"
     command = [
         sys.executable, "-m", "st4vla_jax.bench", "data", "--episodes", "4", "--batch", "8",
-        "--steps", "2", "--warm", "1", "--threads", "2", "--json", str(out),
+        "--steps", "2", "--warm", "1", "--threads", "2", "--rounds", "1", "--json", str(out),
     ]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=120)
     result = json.loads(out.read_text())
     assert result["ours"]["samples_s"] > 0 and result["frames"] > 100
-    if "tf.data" not in result:
+    assert result["array_record"]["samples_s"] > 0 and "ours, array_record" in run.stdout
+    # Index columns of a step: image place 16, action 28 twice, language, kept, step, lengths.
+    assert 100 < result["fit"]["ours_bytes_a_frame"] - IN_MEMORY < 250
+    if "tf.data" not in result["fit"]:
         assert "tf.data     not measured: no tensorflow" in run.stdout
