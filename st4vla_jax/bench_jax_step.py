@@ -127,7 +127,9 @@ class JaxStep:
             return unbox(ST4VLA(self.cfg, self.base).init(key))
 
         self.state = None  # free the old one first
-        params = jax.jit(fresh)(jax.random.key(0)) if params is None else params
+        # rbg: threefry takes minutes to compile on CPUs.
+        key = jax.random.key(0, impl="unsafe_rbg")
+        params = jax.jit(fresh)(key) if params is None else params
         init = jax.jit(lambda p: init_train_state(p, OPTIMIZER, {}), donate_argnums=0)
         self.state = jax.block_until_ready(init(params))
 

@@ -59,7 +59,9 @@ def line(row: dict) -> str:
 
 def table(rows: Sequence[dict]) -> str:
     """Rows in Markdown."""
-    head = ("job", "samples/s", "useful tokens/s", "padded tokens", "MFU", "peak GiB", "s")
+    head = (
+        "job", "samples/s", "useful tokens/s", "padded tokens", "MFU", "peak GiB", "s", "CPU-s",
+    )  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         if "error" in row:
@@ -69,6 +71,7 @@ def table(rows: Sequence[dict]) -> str:
             row["job"], f"{row['samples_per_s']:.2f}", f"{row['tokens_per_s']:.0f}",
             f"{row['padding']['tokens']:.1%}", f"{row['mfu']:.1%}" if "mfu" in row else "",
             f"{row.get('peak_gib', row.get('memory_gib', 0)) or 0:.1f}", f"{row['seconds']:.3f}",
+            f"{row['cpu_s']:.1f}" if "cpu_s" in row else "",
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -77,13 +80,15 @@ def table(rows: Sequence[dict]) -> str:
 def summary(rows: Sequence[dict]) -> dict[str, Any]:
     """Best job of each side in each turn, and their ratios."""
     found: dict[str, Any] = {}
-    for turn in sorted({r.get("turn", 1) for r in rows if "error" not in r}):
-        ours, theirs = (best_of(rows, s, None if "turn" not in rows[0] else turn)
-                        for s in ("jax", "torch"))  # fmt: skip
+    for turn in sorted({row["turn"] for row in rows}):
+        ours, theirs = (best_of(rows, side, turn) for side in ("jax", "torch"))
         if ours and theirs:
             found[f"turn {turn}"] = {
                 "jax": ours["job"],
                 "torch": theirs["job"],
                 "ratio": ours["samples_per_s"] / theirs["samples_per_s"],
             }
+            if "cpu_s" in ours:
+                spent = [row["cpu_s"] / row["samples"] for row in (theirs, ours)]
+                found[f"turn {turn}"]["cpu_ratio"] = spent[0] / spent[1]
     return found

@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> None:
     result = {"machine": platform.machine(), "rows": rows, "summary": summary(rows)}
     print(table(rows))
     for name, found in result["summary"].items():
-        print(f"{name}: {found['jax']} / {found['torch']} = {found['ratio']:.2f}")
+        text = f"{name}: {found['jax']} / {found['torch']} = {found['ratio']:.2f}"
+        print(text + (f"; by CPU time {found['cpu_ratio']:.2f}" if "cpu_ratio" in found else ""))
     for path in ([args.json] if args.json else []) + ([args.out / "step.json"] if apart else []):
         path.write_text(json.dumps(result, indent=2))
 

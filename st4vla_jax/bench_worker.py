@@ -102,15 +102,17 @@ def take_turns(preset: Preset, jobs: Sequence[Job], repeats: int, seed: int) -> 
         say(f"{job.text}: first step {time.perf_counter() - start:.1f} s, loss {loss:.3f}")
         prepared.append(one)
     times: list[list[float]] = [[] for _ in jobs]
+    spent: list[list[float]] = [[] for _ in jobs]
     for turn in range(repeats):
-        for one, own in zip(prepared, times, strict=True):
-            start = time.perf_counter()
+        for one, own, cpu in zip(prepared, times, spent, strict=True):
+            start, used = time.perf_counter(), time.process_time()
             one.run()
             own.append(time.perf_counter() - start)
+            cpu.append(time.process_time() - used)
         say(f"turn {turn + 1} of {repeats}: " + ", ".join(f"{own[-1]:.2f} s" for own in times))
     return [
-        finished(one.facts | {"turn": 1}, own, one.run(), None)
-        for one, own in zip(prepared, times, strict=True)
+        finished(one.facts | {"turn": 1, "cpu_s": min(cpu)}, own, one.run(), None)
+        for one, own, cpu in zip(prepared, times, spent, strict=True)
     ]
 
 

@@ -7,10 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from convert_weights.rules import tensors_to_torch
 from convert_weights.st4vla import policy_rules
-from st4vla_jax import bench_jobs, bench_mixture, bench_rows, bench_torch_policy, bench_torch_step
+from st4vla_jax import (
+    bench_jobs,
+    bench_mixture,
+    bench_rows,
+    bench_torch_policy,
+    bench_torch_step,
+    flops,
+)
 from st4vla_jax.bench_mixture import Mixture
 from st4vla_jax.models.st4vla import ST4VLA, Denominators
 from st4vla_jax.sharding import unbox
@@ -101,6 +109,37 @@ def test_packed_and_all_logits_give_the_same_text_loss(both, samples):
     for batch in (packed, everywhere):
         ours = float(loss(params, jax.tree.map(jnp.asarray, batch)))
         assert ours == pytest.approx(text, rel=1e-4)
+
+
+def test_baseline_does_the_work_that_is_counted():
+    """Forward FLOPs of products with parameters: torch's count of the baseline, and flops.py's.
+
+    On top come, known exactly, the second frame of the patch kernel and the one row of logits that
+    transformers makes at least.  (On CPUs torch counts no attention.)
+    """
+    torch.set_num_threads(1)
+    cfg = tiny_config()
+    drawn = Mixture(cfg, scale=SCALE).draw(8, 0)
+    length = len(drawn[0][0].tokens)
+    samples = [s for s in drawn if len(s[0].tokens) == length]  # nothing is padded
+    policy = bench_torch_policy.Policy(cfg, idle_logits=False).eval()
+    robot = bench_torch_step.padded_inputs(cfg, samples, policy.vlm)
+    count, shape = len(samples), (cfg.dit.chunk, cfg.dit.action_dim)
+    draws = {
+        "noise": torch.zeros(count * REPEATS, *shape),
+        "timesteps": torch.zeros(count * REPEATS, dtype=torch.long),
+        "drop": torch.zeros(count * REPEATS, dtype=torch.bool),
+    }
+    with FlopCounterMode(display=False) as counter:
+        policy.action_loss(robot, draws)
+    text, patches = cfg.text, len(robot["pixel_values"])
+    extra = patches * 2 * 588 * cfg.vision.hidden_size
+    extra += count * 2 * text.hidden_size * text.vocab_size
+    packed = bench_mixture.packed_batch(cfg, samples)
+    work = [flops.vision_work(cfg, packed.vlm), flops.text_work(cfg, packed.vlm)["text"]]
+    work += flops.action_work(cfg, packed.action, REPEATS).values()
+    wanted = sum(part.kernels for part in work)
+    assert counter.get_total_flops() - extra == pytest.approx(wanted, rel=0.02)
 
 
 # --- Jobs and rows ------------------------------------------------------------------------------
