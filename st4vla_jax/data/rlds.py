@@ -188,7 +188,9 @@ class RldsSource:
 
     def _swapped(self, content: np.ndarray, step: np.ndarray) -> np.ndarray:
         """Whether a step's views change places (`RobotSpec.swap`); content: u64 of its episode."""
-        return (mixed(content, step) & np.uint64(1)).astype(bool) & bool(self.spec.swap)
+        if not self.spec.swap:
+            return np.zeros(np.shape(step), bool)
+        return (mixed(content, step) & np.uint64(1)).astype(bool)
 
     def _read(self, indexed: np.void, wanted: Sequence[np.void], record: str) -> list[bytes]:
         """The encoded images, byte for byte as they were indexed."""

@@ -6,6 +6,7 @@ The same functions serve training, evaluation and serving (DESIGN.md D11).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -73,17 +74,23 @@ def tokenize(
     Returns:
       i32[n] token ids, bool[n] True where supervised.
     """
-    header = tokenizer.encode(ASSISTANT_HEADER)
+    header = _ids(tokenizer, ASSISTANT_HEADER)
     ids: list[int] = []
     supervised: list[bool] = []
     for role, text in turn_texts(turns, system=system, num_images=num_images, record=record):
-        turn_ids = tokenizer.encode(text)
+        turn_ids = _ids(tokenizer, text)
         ids += turn_ids
         supervised += [role == "assistant" and i >= len(header) for i in range(len(turn_ids))]
     if add_generation_prompt:
         ids += header
         supervised += [False] * len(header)
     return np.array(ids, np.int32), np.array(supervised, bool)
+
+
+@functools.lru_cache(maxsize=4096)
+def _ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Ids of one turn; system turns, and instructions of robots, come again and again."""
+    return tuple(tokenizer.encode(text))
 
 
 def mrope_positions(is_image: np.ndarray, grids: Sequence[tuple[int, int]]) -> np.ndarray:
