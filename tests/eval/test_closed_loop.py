@@ -183,8 +183,12 @@ def policy():
     return Policy(model, random_params(model), meta, TOKENIZER, STATISTICS)
 
 
-def test_sampler_equals_the_policy_one_by_one(policy):
-    sampler = ChunkSampler(policy, views=("primary", "wrist"), batch_size=3)
+@pytest.fixture(scope="module")
+def sampler(policy):
+    return ChunkSampler(policy, views=("primary", "wrist"), batch_size=3)
+
+
+def test_sampler_equals_the_policy_one_by_one(policy, sampler):
     environment = Tabletop(56)
     observations = [environment.reset(seed, "reach") for seed in range(2)]
     noise = np.random.default_rng(0).standard_normal((2, *sampler.chunk_shape)).astype(np.float32)
@@ -199,8 +203,7 @@ def test_sampler_equals_the_policy_one_by_one(policy):
         ChunkSampler(policy, views=("side",), batch_size=1)(observations[:1], noise[:1])
 
 
-def test_random_policy_on_the_tabletop(policy):
-    sampler = ChunkSampler(policy, views=("primary", "wrist"), batch_size=2)
+def test_random_policy_on_the_tabletop(sampler):
     episodes = [Episode(seed, "reach", "train") for seed in range(3)]
 
     def rollouts(num_envs):
@@ -216,13 +219,14 @@ def test_random_policy_on_the_tabletop(policy):
     assert both == rollouts(1)
 
 
-def test_broken_parameters_are_not_hidden_by_thresholds(policy):
-    params = jax.tree.map(lambda x: x, policy.params)
-    params["dit"] = jax.tree.map(lambda x: x * np.nan, params["dit"])
-    broken = Policy(policy.model, params, policy.meta, TOKENIZER, STATISTICS)
-    sampler = ChunkSampler(broken, views=("primary", "wrist"), batch_size=2)
+def test_broken_parameters_are_not_hidden_by_thresholds(policy, sampler, monkeypatch):
+    params = policy.params | {"dit": jax.tree.map(lambda x: x * np.nan, policy.params["dit"])}
+    monkeypatch.setattr(policy, "params", params)
     noise = np.zeros((1, *sampler.chunk_shape), np.float32)
     assert np.isnan(sampler([Tabletop(56).reset(0, "reach")], noise)).all()
-    bare = Policy(policy.model, params, policy.meta, TOKENIZER)
+
+
+def test_a_policy_without_statistics_is_refused(policy):
+    bare = Policy(policy.model, policy.params, policy.meta, TOKENIZER)
     with pytest.raises(PolicyError, match="dataset_statistics"):
         ChunkSampler(bare, views=("primary",), batch_size=1)
