@@ -77,8 +77,13 @@ def test_baseline_computes_the_same_losses(both, samples):
     model, params, policy, (robot, grounding) = both
     batch = jax.tree.map(jnp.asarray, bench_mixture.padded_batch(model.cfg, samples))
     draws = model.draw(jax.random.key(1), batch, REPEATS, train=False)
-    _, parts = jax.jit(model.loss)(params, batch, draws, Denominators.of(batch, REPEATS))
 
+    @jax.jit
+    def run(params, batch, draws):
+        _, parts = model.loss(params, batch, draws, Denominators.of(batch, REPEATS))
+        return parts, model.encode(params, batch)[1]
+
+    parts, condition = run(params, batch, draws)
     count = len(robot["input_ids"])
     flat = jax.tree.map(
         lambda x: torch.from_numpy(np.array(x[:count]).reshape(-1, *x.shape[3:])), draws.diffusion
@@ -88,8 +93,11 @@ def test_baseline_computes_the_same_losses(both, samples):
     }  # fmt: skip
     with torch.no_grad():
         action, text = policy.action_loss(robot, flat), policy.text_loss(grounding)
-    assert float(parts.action) == pytest.approx(float(action), rel=1e-4)
-    assert float(parts.text) == pytest.approx(float(text), rel=1e-4)
+        vlm = {k: v for k, v in robot.items() if k not in ("pixels", "actions")}
+        theirs = policy.condition(vlm, robot["pixels"])
+    np.testing.assert_allclose(condition[:count, 0], theirs, rtol=1e-4, atol=1e-4)
+    assert float(parts.action) == pytest.approx(float(action), rel=1e-6)
+    assert float(parts.text) == pytest.approx(float(text), rel=1e-5)
 
 
 def test_packed_and_all_logits_give_the_same_text_loss(both, samples):
