@@ -50,18 +50,9 @@ def _spec(
     swap: tuple[str, ...] = (),
 ) -> RobotSpec:
     return RobotSpec(
-        name,
-        embodiment or name,
-        images,
-        language,
-        action,
-        state,
-        state_encoding=encoding,
-        language_encoding=language_encoding,
-        control_hz=hz,
-        skip_first=skip_first,
-        swap=swap,
-    )
+        name, embodiment or name, images, language, action, state, state_encoding=encoding,
+        language_encoding=language_encoding, control_hz=hz, skip_first=skip_first, swap=swap,
+    )  # fmt: skip
 
 
 # The Google format: separate arrays for translation, rotation and gripper.

@@ -9,9 +9,13 @@ from PIL import Image
 
 from st4vla_jax.data.grounding import GroundingSource
 from st4vla_jax.data.holdout import is_held_out
+from st4vla_jax.data.image import decode_image
+from st4vla_jax.data.rlds import RldsSource
 from st4vla_jax.data.settings import DataSettings, SettingsError, open_pipeline, open_source
 from st4vla_jax.data.source_files import SourceError
 from st4vla_jax.data.stats import accumulate
+from tests.data.test_rlds import BRIDGE, FRACTAL, folder
+from tests.reference import shards as reference
 
 
 def contents(count, seed=0):
@@ -155,3 +159,34 @@ def test_wrong_parts_are_named(tmp_path):
         GroundingSource(path, name="x", holdout=1.5, part="val")
     with pytest.raises(SourceError, match="none of 4 samples is kept: {'held out': 4}"):
         GroundingSource(path, name="x", holdout=1.0)
+
+
+@pytest.mark.parity
+def test_copies_in_another_split_fall_on_the_same_side(shared, tmp_path):
+    root = shared / "data/bridge_dataset"
+
+    def instructions_and_states(split, held_out):
+        part = "held_out" if held_out else "train"
+        source = RldsSource(root, BRIDGE, split, holdout=0.2, part=part, index_dir=tmp_path)
+        return {(s.turns[0].text, s.robot.state.tobytes()) for s in source}
+
+    held = instructions_and_states("val", True)
+    assert held == instructions_and_states("train", True) and len(held) == 5 * 8
+    trained = instructions_and_states("all", False)
+    assert len(trained) == 20 * 8 and not held & trained
+
+
+def test_the_side_survives_reencoding_and_order(tmp_path):
+    episodes, a = folder(tmp_path / "a", "fractal", steps=(3,) * 20)
+    for episode in episodes:
+        episode["observation/image"] = [
+            reference.encode_image(np.array(Image.fromarray(decode_image(data)).resize((20, 16))))
+            for data in episode["observation/image"]
+        ]
+    b = reference.write_folder(
+        tmp_path / "b", reference.FRACTAL, {"test": episodes[::-1]}, file_format="array_record"
+    )
+    first = RldsSource(a, FRACTAL, holdout=0.4, part="held_out")
+    second = RldsSource(b, FRACTAL, "test", holdout=0.4, part="held_out")
+    texts = {s.turns[0].text for s in first}
+    assert texts == {s.turns[0].text for s in second} and len(texts) == 8

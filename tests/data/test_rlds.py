@@ -1,6 +1,5 @@
 import concurrent.futures
 import dataclasses
-import os
 import pickle
 import subprocess
 import sys
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from st4vla_jax.data import shards as shards_module
 from st4vla_jax.data.encoder import SampleEncoder
@@ -18,7 +16,6 @@ from st4vla_jax.data.oxe import SPECS
 from st4vla_jax.data.rlds import RldsSource
 from st4vla_jax.data.source import BadRecordError, Source
 from st4vla_jax.data.source_files import SourceError
-from st4vla_jax.data.tfrecord import ShardError
 from st4vla_jax.data.tokenizer import byte_level_tokenizer
 from st4vla_jax.data.transforms import encode_robot
 from tests.reference import shards as reference
@@ -346,128 +343,6 @@ def test_samples_that_the_caller_drops_are_counted(tmp_path):
         source.drop(np.array([10]), "too long")
     with pytest.raises(SourceError, match="no step is kept"):
         source.drop(np.arange(10), "too long")
-
-
-# --- Held-out episodes --------------------------------------------------------------------------
-
-
-@pytest.mark.parity
-def test_copies_in_another_split_fall_on_the_same_side(shared, tmp_path):
-    root = shared / "data/bridge_dataset"
-
-    def instructions_and_states(split, held_out):
-        part = "held_out" if held_out else "train"
-        source = RldsSource(root, BRIDGE, split, holdout=0.2, part=part, index_dir=tmp_path)
-        return {(s.turns[0].text, s.robot.state.tobytes()) for s in source}
-
-    held = instructions_and_states("val", True)
-    assert held == instructions_and_states("train", True) and len(held) == 5 * 8
-    trained = instructions_and_states("all", False)
-    assert len(trained) == 20 * 8 and not held & trained
-
-
-def test_the_side_survives_reencoding_and_order(tmp_path):
-    episodes, a = folder(tmp_path / "a", "fractal", steps=(3,) * 20)
-    for episode in episodes:
-        episode["observation/image"] = [
-            reference.encode_image(np.array(Image.fromarray(decode_image(data)).resize((20, 16))))
-            for data in episode["observation/image"]
-        ]
-    b = reference.write_folder(
-        tmp_path / "b", reference.FRACTAL, {"test": episodes[::-1]}, file_format="array_record"
-    )
-    first = RldsSource(a, FRACTAL, holdout=0.4, part="held_out")
-    second = RldsSource(b, FRACTAL, "test", holdout=0.4, part="held_out")
-    texts = {s.turns[0].text for s in first}
-    assert texts == {s.turns[0].text for s in second} and len(texts) == 8
-
-
-# --- Reading goes wrong -------------------------------------------------------------------------
-
-
-def quick(source: RldsSource) -> RldsSource:
-    source._reader._delays = (0.0, 0.0)
-    return source
-
-
-def test_a_read_that_fails_once_is_tried_again(tmp_path, monkeypatch):
-    _, root = folder(tmp_path / "set", "bridge")
-    source = quick(RldsSource(root, BRIDGE, views=BOTH))
-    expected, pread, calls = source[4], os.pread, []
-
-    def flaky(*args):
-        calls.append(args)
-        if len(calls) == 1:
-            raise OSError(5, "Input/output error")
-        return pread(*args)
-
-    monkeypatch.setattr(os, "pread", flaky)
-    assert_samples_equal(source[4], expected)
-    assert len(calls) == 3  # the failed one, then both views
-
-
-def test_a_short_read_is_completed(tmp_path, monkeypatch):
-    _, root = folder(tmp_path / "set", "bridge")
-    source = quick(RldsSource(root, BRIDGE))
-    expected, pread = source[4], os.pread
-    monkeypatch.setattr(os, "pread", lambda fd, size, at: pread(fd, min(size, 100), at))
-    assert_samples_equal(source[4], expected)
-
-
-def test_a_read_that_fails_for_ever_is_an_os_error(tmp_path, monkeypatch):
-    _, root = folder(tmp_path / "set", "bridge")
-    source = quick(RldsSource(root, BRIDGE))
-
-    def broken(*_):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(os, "pread", broken)
-    with pytest.raises(OSError, match="00000-of-00001: record 0 cannot be read after 3 tries"):
-        source[0]
-
-
-@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
-def test_a_shard_that_vanishes_is_an_os_error(tmp_path, file_format):
-    _, root = folder(tmp_path / "set", "bridge", file_format=file_format)
-    source = quick(RldsSource(root, BRIDGE))
-    (path,) = root.glob("*-of-*")
-    path.rename(tmp_path / "away")
-    with pytest.raises(OSError, match="cannot be read after 3 tries") as error:
-        source[0]
-    assert path.name in str(error.value)
-    (tmp_path / "away").rename(path)
-    assert source[0].record.endswith("step 1")
-
-
-@pytest.mark.parametrize("opened_before", [False, True])
-@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
-def test_a_shard_that_changed_is_refused(tmp_path, file_format, opened_before):
-    _, root = folder(tmp_path / "set", "bridge", file_format=file_format)
-    source = quick(RldsSource(root, BRIDGE))
-    if opened_before:
-        source[0]
-    (path,) = root.glob("*-of-*")
-    # In place, so that a shard held open sees it too.
-    with path.open("r+b") as file:
-        file.write(bytes(path.stat().st_size))
-    os.utime(path, ns=(1, 1))
-    with pytest.raises(ShardError, match=f"{path.name}: changed since it was indexed"):
-        source[0]
-
-
-@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
-def test_bytes_that_rot_unseen_are_a_bad_record(tmp_path, file_format):
-    episodes, root = folder(tmp_path / "set", "bridge", file_format=file_format)
-    source = quick(RldsSource(root, BRIDGE))
-    (path,) = root.glob("*-of-*")
-    stat, data = path.stat(), bytearray(path.read_bytes())
-    data[data.index(episodes[0]["observation/image_0"][1]) + 300] ^= 1
-    with path.open("r+b") as file:
-        file.write(data)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    with pytest.raises(BadRecordError, match=f"{path.name} record 0 step 1: images are not as"):
-        source[0]
-    assert source[3].record.endswith("record 1 step 2")
 
 
 # --- What the schedule asks ---------------------------------------------------------------------
