@@ -118,10 +118,10 @@ def take_turns(preset: Preset, jobs: Sequence[Job], repeats: int, seed: int) -> 
 
 def worker(preset: Preset, jobs: Sequence[Job], args: argparse.Namespace) -> None:
     """One side's jobs on a GPU; appends a line of JSON for each to ``args.results``."""
-    bench = Bench(preset, args.seed)
+    bench, longest = Bench(preset, args.seed), 0.0
     for job in jobs:
-        left = args.deadline - time.time()
-        if left < args.reserve:
+        start, left = time.time(), args.deadline - time.time()
+        if left < max(args.reserve, longest):
             say(f"{job.text}: left out, {left:.0f} s left")
             continue
         try:
@@ -129,8 +129,9 @@ def worker(preset: Preset, jobs: Sequence[Job], args: argparse.Namespace) -> Non
         except Exception as error:  # noqa: BLE001 (one job's failure must not cost the others)
             row = {"job": job.text, "side": job.side, "turn": args.turn, "error": _short(error)}
             say(f"{job.text}: {row['error']}")
-            del error
+        if "error" in row:  # not above: the exception's frames hold what is to be freed
             _recover(bench, job)
+        longest = max(longest, time.time() - start)
         with args.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
