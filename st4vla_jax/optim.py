@@ -1,7 +1,7 @@
 """AdamW with learning rate, weight decay and schedule by parameter path.
 
-One table decides for every parameter: the first `Group` whose pattern matches the start of its
-path owns it, and a parameter that no group matches is an error.  The optimizer itself is
+One table decides for every parameter: the `Group` whose pattern matches most of its path, from the
+start, owns it; a parameter that none matches, or two equally, is an error.  The optimizer itself is
 `optax.scale_by_adam`; what a group says enters as scalars, one for each leaf, so that moments keep
 the parameters' tree (DESIGN.md D7: no multi_transform, no MaskedNode).
 """
@@ -86,7 +86,7 @@ class OptimConfig:
     """AdamW (upstream's values; spec upstream.md 3.2) and what surrounds it.
 
     Attributes:
-      groups: by name, in order; the first match owns a parameter.
+      groups: by name; the longest match owns a parameter, whatever their order.
       warmup: updates of linear warm-up.
       b1, b2, eps: Adam.
       clip: largest global norm of the trainable parameters' gradient; 0 = no clip.
@@ -124,23 +124,45 @@ class OptimConfig:
         return found + [text for text, bad in checks.items() if bad]
 
 
-def group_of(path: str, groups: Mapping[str, Group]) -> str | None:
-    """Name of the first group that matches a path, or None."""
-    return next((n for n, group in groups.items() if re.match(group.pattern, path)), None)
+def matching(path: str, groups: Mapping[str, Group]) -> list[str]:
+    """Names of the groups that match the longest part of a path; one, unless it is a mistake."""
+    found = {name: re.match(group.pattern, path) for name, group in groups.items()}
+    lengths = {name: match.end() for name, match in found.items() if match}
+    return [name for name, end in lengths.items() if end == max(lengths.values())]
+
+
+def group_of(path: str, groups: Mapping[str, Group]) -> str:
+    """Name of the group that owns a path.
+
+    Raises:
+      ConfigError: none does, or two match equally much of it.
+    """
+    owners = matching(path, groups)
+    if len(owners) != 1:
+        raise ConfigError("\n".join(_path_problems(path, owners)))
+    return owners[0]
+
+
+def _path_problems(path: str, owners: Sequence[str]) -> list[str]:
+    if len(owners) == 1:
+        return []
+    if not owners:
+        return [f"optim.groups: no pattern matches parameter {path}"]
+    return [f"optim.groups: {' and '.join(owners)} match equally much of parameter {path}"]
 
 
 def coverage_problems(paths: Sequence[str], groups: Mapping[str, Group]) -> list[str]:
     """Parameters without a group and groups without a parameter."""
-    owners = {path: group_of(path, groups) for path in paths}
-    orphans = [path for path, owner in owners.items() if owner is None]
-    problems = [f"optim.groups: no pattern matches parameter {path}" for path in orphans]
+    owners = {path: matching(path, groups) for path in paths}
+    problems = [text for path, own in owners.items() for text in _path_problems(path, own)]
+    used = {name for own in owners.values() for name in own}
     problems += [
-        f"optim.groups.{name}: {group.pattern!r} owns no parameter (patterns match the start of a "
-        "path; an earlier group may own them all)"
+        f"optim.groups.{name}: {group.pattern!r} owns no parameter (a pattern matches from the "
+        "start of a path, and the longest match owns it)"
         for name, group in groups.items()
-        if name not in owners.values()
+        if name not in used
     ]
-    if owners and all(owner and groups[owner].freeze for owner in owners.values()):
+    if used and all(groups[name].freeze for name in used):
         problems.append("optim.groups: every parameter is frozen")
     return problems
 
@@ -160,11 +182,9 @@ class Optimizer:
         """True if a parameter is updated.
 
         Raises:
-          ConfigError: no group matches it.
+          ConfigError: see `group_of`.
         """
         name = group_of(path, self.cfg.groups)
-        if name is None:
-            raise ConfigError(f"optim.groups: no pattern matches parameter {path}")
         return not self.cfg.groups[name].freeze
 
     @property

@@ -279,7 +279,13 @@ class TrainConfig:
                 and not (schedule.robot_samples and schedule.grounding_samples)
             ),
         }
-        found = [f"{text}" for text, bad in checks.items() if bad]
+        found = [text for text, bad in checks.items() if bad]
+        found += [
+            f"data.schedule.views is {schedule.views}, but data.sets.{entry.name}.views has "
+            f"{len(entry.views)}"
+            for entry in self.data.sets
+            if entry.is_robot and len(entry.views) > schedule.views
+        ]
         if self.data.state_dim and not robots:
             found.append("model.bridge.state_dim is set, but no data set has robot samples")
         return found

@@ -83,6 +83,10 @@ def test_all_problems_are_named_at_once():
         (lambda c: c["checkpoint"].update(best_metric="eval/action_mse"), "best_metric"),
         (lambda c: c["model"].update(dino="", dit=""), "the model has no dino and dit"),
         (lambda c: c.update(steps=0), "steps 0"),
+        (
+            lambda c: c["data"]["sets"]["bridge_orig"].update(views=["primary", "secondary"]),
+            "views is 1, but data.sets.bridge_orig.views has 2",
+        ),
     ],
 )
 def test_sections_that_do_not_go_together(change, named):

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# From nothing to a trained, evaluated and exported policy on a laptop: bash launch/quickstart.sh
+#   --smoke    a few updates a stage only, as CI runs it
+#   OUT=DIR    folder of everything that it makes (default runs/quickstart)
+#   VENV=DIR   virtual environment to make or reuse (default .venv)
+#   PYTHON=EXE interpreter to make it with (default python3; 3.11 or newer)
+# Run again, it goes on where it stopped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+out=${OUT:-runs/quickstart}
+episodes=400 grounding=2000 stage1=600 stage2=600
+if [[ ${1:-} == --smoke ]]; then
+    episodes=24 grounding=96 stage1=6 stage2=6
+elif [[ $# -gt 0 ]]; then
+    sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit 2
+fi
+
+venv=${VENV:-.venv}
+if [[ ! -x $venv/bin/python ]]; then
+    "${PYTHON:-python3}" -m venv "$venv"
+    "$venv/bin/python" -m pip install --quiet --upgrade pip
+fi
+python=$venv/bin/python
+"$python" -m pip install --quiet --editable '.[export]'
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+
+say() { printf '\n== %s\n' "$*"; }
+run() {
+    printf '$ %s\n' "${*/#"$python"/python}"
+    "$@"
+}
+train() { # STAGE UPDATES [more settings]
+    local stage=$1 updates=$2
+    shift 2
+    run "$python" -m st4vla_jax.train --config="configs/tabletop.py:stage$stage" \
+        --workdir="$out/stage$stage" --config.steps="$updates" \
+        --config.save_every="$((updates / 2))" --config.evaluation.every="$updates" \
+        --config.data.sets.grounding.path="$out/data/grounding/records.jsonl" \
+        --config.data.sets.grounding.images="$out/data/grounding" "$@"
+}
+
+say "1 of 6: a data set of robot episodes and grounding records, made here"
+run "$python" -m st4vla_jax.tabletop.dataset --episodes "$episodes" --grounding "$grounding" \
+    --out "$out/data"
+
+say "2 of 6: stage 1, the VLM learns to answer with boxes, points and trajectories"
+train 1 "$stage1"
+
+say "3 of 6: stage 2, actions and grounding together"
+train 2 "$stage2" --config.init.checkpoint="$out/stage1" \
+    --config.data.sets.tabletop.path="$out/data/tabletop/1.0.0"
+checkpoint=$(find "$out/stage2/checkpoints" -maxdepth 1 -name '[0-9]*' | sort | tail -n 1)
+
+say "4 of 6: held-out scores"
+run "$python" -m st4vla_jax.evaluate --checkpoint "$checkpoint" --suite actions grounding tabletop \
+    --data "$out/data" --out "$out/evaluation"
+
+say "5 of 6: export to PyTorch"
+run "$python" -m convert_weights.to_torch --checkpoint "$checkpoint" --out "$out/exported" \
+    --format both --allow-custom-sizes --overwrite
+
+say "6 of 6: one action chunk"
+"$python" -m st4vla_jax.tabletop.snapshot --out "$out/snapshot"
+run "$python" -m st4vla_jax.predict action --checkpoint "$checkpoint" \
+    --image "$out/snapshot/primary.png" --image "$out/snapshot/wrist.png" \
+    --instruction "$(cat "$out/snapshot/instruction.txt")" --out "$out/action.json"
+
+say "everything is in $out"
+cat <<TEXT
+  data/                    episodes (RLDS) and grounding records
+  stage1/, stage2/         metrics.jsonl, tensorboard/, images/first_batch_0.png, checkpoints/
+  evaluation/report.html   scores with pictures
+  exported/                PyTorch checkpoint of upstream's layout, and a Hugging Face folder
+  action.json              an action chunk
+TEXT
