@@ -205,20 +205,20 @@ class Optimizer:
         }
 
     def update(
-        self, grads: Params, opt_state: Any, params: Params, step: jax.Array
-    ) -> tuple[Params, Any, jax.Array]:
+        self, grads: Params, norm: jax.Array, opt_state: Any, params: Params, step: jax.Array
+    ) -> tuple[Params, Any]:
         """One AdamW update: p <- p - lr (m / (sqrt(v) + eps) + wd p), after the clip.
 
         Args:
           grads: gradients, like ``params``.
+          norm: f32[] their global norm.
           opt_state: from `init` or the last update.
           params: trainable parameters.
           step: i32[] number of this update, from 0.
 
         Returns:
-          new parameters, new moments, and f32[] the gradient's global norm before the clip.
+          new parameters and new moments.
         """
-        norm = optax.global_norm(grads)
         if self.cfg.clip:
             factor = jnp.minimum(1.0, self.cfg.clip / (norm + 1e-6))  # torch's clip_grad_norm_
             grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
@@ -230,7 +230,7 @@ class Optimizer:
             decayed = u + self.cfg.groups[name].weight_decay * p
             return (p - rates[name] * decayed).astype(p.dtype)
 
-        return map_with_path(new_value, params, updates), opt_state, norm
+        return map_with_path(new_value, params, updates), opt_state
 
 
 def group_table(params: Params, cfg: OptimConfig) -> list[tuple[str, int, str]]:

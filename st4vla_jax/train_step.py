@@ -20,7 +20,7 @@ from st4vla_jax.losses import group_sums
 from st4vla_jax.models.st4vla import ST4VLA, Denominators, LossWeights, UpdateDraws
 from st4vla_jax.optim import Optimizer
 from st4vla_jax.sharding import Rules, constrain
-from st4vla_jax.state import Params, TrainState, leaves_by_path, merge
+from st4vla_jax.state import Params, TrainState, leaves_by_path, map_with_path, merge
 
 Metrics = dict[str, jax.Array]
 NORM_MODULES = ("vlm/visual", "vlm/language_model", "dino", "bridge", "dit")
@@ -88,7 +88,12 @@ def make_train_step(
         (grads, probes), parts = _accumulated(
             grad_fn, state.params, batch, draws, cfg.accumulation, model.rt.rules
         )
-        params, opt_state, norm = optimizer.update(grads, state.opt_state, state.params, state.step)
+        # XLA's CPU backend (jax 0.10.2) races where it fuses a sum with the broadcast that makes its
+        # operand, as the patch kernel's gradient is: the barrier keeps them apart.
+        grads = jax.lax.optimization_barrier(grads)
+        squares = map_with_path(lambda _, g: jnp.sum(jnp.square(g.astype(jnp.float32))), grads)
+        norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
+        params, opt_state = optimizer.update(grads, norm, state.opt_state, state.params, state.step)
         ema = _moving_average(state.ema, params, optimizer.cfg.ema)
         total = cfg.weights.action * parts.action + cfg.weights.text * parts.text
         ok = jnp.isfinite(norm) & jnp.isfinite(total)
@@ -104,7 +109,9 @@ def make_train_step(
             ema=kept(ema, state.ema),
             skipped=jnp.where(ok, 0, state.skipped + 1),
         )
-        metrics = _metrics(cfg, total, parts, norm, grads, probes, optimizer, state.step)
+        metrics = _metrics(cfg, total, parts, norm, probes) | module_norms(squares)
+        rates = optimizer.learning_rates(state.step)
+        metrics |= {f"lr/{name}": rate for name, rate in rates.items()}
         return new_state, metrics | {"train/skipped": new_state.skipped}
 
     return train_step
@@ -166,11 +173,14 @@ def _moving_average(ema: Params | None, params: Params, decay: float) -> Params 
     return jax.tree.map(lambda e, p: (decay * e + (1 - decay) * p).astype(e.dtype), ema, params)
 
 
-def module_norms(grads: Params) -> Metrics:
-    """f32[] gradient norm of each of NORM_MODULES that has trainable parameters."""
-    leaves = list(leaves_by_path(grads))
-    own = {m: [g for path, g in leaves if path.startswith(m + "/")] for m in NORM_MODULES}
-    return {f"grad/{m}": optax.global_norm(leaf) for m, leaf in own.items() if leaf}
+def module_norms(squares: Params) -> Metrics:
+    """f32[] gradient norm of each of NORM_MODULES with trainable parameters, from sums of squares.
+
+    The sums serve the clip too: one pass over the gradients.
+    """
+    leaves = list(leaves_by_path(squares))
+    own = {m: [s for path, s in leaves if path.startswith(m + "/")] for m in NORM_MODULES}
+    return {f"grad/{m}": jnp.sqrt(sum(parts)) for m, parts in own.items() if parts}
 
 
 def make_loss_norms(model: ST4VLA, cfg: StepConfig) -> Callable[..., Metrics]:
@@ -194,6 +204,7 @@ def make_loss_norms(model: ST4VLA, cfg: StepConfig) -> Callable[..., Metrics]:
 
         action = gradient(LossWeights(cfg.weights.action, 0.0))
         text = gradient(LossWeights(0.0, cfg.weights.text))
+        action, text = jax.lax.optimization_barrier((action, text))  # as in the train step
         norms = optax.global_norm(action), optax.global_norm(text)
         products = jax.tree.map(lambda a, t: jnp.sum(a * t, dtype=jnp.float32), action, text)
         cosine = sum(jax.tree.leaves(products)) / jnp.maximum(norms[0] * norms[1], 1e-30)
@@ -203,9 +214,8 @@ def make_loss_norms(model: ST4VLA, cfg: StepConfig) -> Callable[..., Metrics]:
     return loss_norms
 
 
-def _metrics(cfg, total, parts: _Parts, norm, grads, probes, optimizer, step) -> Metrics:
+def _metrics(cfg: StepConfig, total, parts: _Parts, norm, probes: _Probes) -> Metrics:
     """Scalars by name; group means stay sums and weights, since a step may lack a group."""
-    rates = optimizer.learning_rates(step)
     return {
         "loss/total": total,
         "loss/action": parts.action,
@@ -215,8 +225,6 @@ def _metrics(cfg, total, parts: _Parts, norm, grads, probes, optimizer, step) ->
         "grad/text_hidden": jnp.sqrt(probes.text),
         "group/action": parts.group_action,
         "group/text": parts.group_text,
-        **module_norms(grads),
-        **{f"lr/{name}": rate for name, rate in rates.items()},
     }
 
 

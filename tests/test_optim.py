@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from st4vla_jax.config import ConfigError
@@ -46,7 +47,8 @@ def run(config: OptimConfig, updates: int):
     params, moments, norms = state.params, state.opt_state, []
     for step in range(updates):
         grads = split(parameters(100 + step), optimizer.is_trainable)[0]
-        params, moments, norm = optimizer.update(grads, moments, params, jnp.int32(step))
+        norm = optax.global_norm(grads)
+        params, moments = optimizer.update(grads, norm, moments, params, jnp.int32(step))
         norms.append(float(norm))
     return params, moments, norms, frozen
 

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from st4vla_jax.optim import Group, OptimConfig, Optimizer
@@ -26,9 +25,8 @@ class Sgd(Optimizer):
     def init(self, params):
         return {}
 
-    def update(self, grads, opt_state, params, step):
-        new = jax.tree.map(lambda p, g: p - 0.01 * g, params, grads)
-        return new, opt_state, jnp.zeros(())
+    def update(self, grads, norm, opt_state, params, step):
+        return jax.tree.map(lambda p, g: p - 0.01 * g, params, grads), opt_state
 
 
 def make_state(model, optimizer, seed=0):
@@ -36,8 +34,11 @@ def make_state(model, optimizer, seed=0):
     return init_train_state(trainable, optimizer, frozen)
 
 
-def run_steps(model, optimizer, batches, *, mesh=(1, 1, 1), cfg):
-    """Numpy states and metrics after each update on a mesh of fake devices."""
+def run_steps(model, optimizer, batches, *, mesh=(1, 1, 1), cfg, again=0):
+    """Numpy states and metrics after each update on a mesh of fake devices.
+
+    ``again``: so often the first update is repeated, which must give the same numbers.
+    """
     count = int(np.prod(mesh))
     mesh = make_mesh(*mesh, devices=jax.devices()[:count])
     rules = Rules()
@@ -57,6 +58,12 @@ def run_steps(model, optimizer, batches, *, mesh=(1, 1, 1), cfg):
     with jax.set_mesh(mesh):
         state = jax.device_put(state, own)
         step = jax.jit(make_train_step(model, optimizer, cfg), out_shardings=(own, None))
+        for _ in range(again and again + 1):
+            metrics = jax.device_get(step(state, jax.device_put(batches[0], rows))[1])
+            outputs.append(metrics)
+        for metrics in outputs[1:]:
+            jax.tree.map(np.testing.assert_array_equal, metrics, outputs[0])
+        outputs.clear()
         for batch in batches:
             state, metrics = step(state, jax.device_put(batch, rows))
             outputs.append((jax.device_get(state), jax.device_get(metrics)))
