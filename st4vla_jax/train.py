@@ -55,20 +55,29 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every file that it writes
     try:
-        profile = _profile(_PROFILE.value)
         distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        config = TrainConfig.from_dict(_CONFIG.value)
-        workdir = Path(_WORKDIR.value).absolute()
-        use_compile_cache(config.log.cache_dir, workdir)
-        switches = RunFlags(_DATA_CHANGE.value, _RESTART.value, _OVERFIT.value)
-        setup = prepare(config, workdir, switches)
-        agree(setup)
-        if _REPLAY.value is not None:
-            return replay(setup, _REPLAY.value)
-        return Run(setup, profile).train()
+        with distributed.ending_together(ERRORS):
+            return _train()
     except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _train() -> int:
+    """From flags to the end of the run; returns the exit status."""
+    profile = _profile(_PROFILE.value)
+    stop = distributed.Preemption()
+    config = TrainConfig.from_dict(_CONFIG.value)
+    workdir = Path(_WORKDIR.value).absolute()
+    workdir.mkdir(parents=True, exist_ok=True)
+    distributed.check_shared_folder(workdir)
+    use_compile_cache(config.log.cache_dir, workdir)
+    switches = RunFlags(_DATA_CHANGE.value, _RESTART.value, _OVERFIT.value)
+    setup = prepare(config, workdir, switches)
+    agree(setup)
+    if _REPLAY.value is not None:
+        return replay(setup, _REPLAY.value)
+    return Run(setup, stop, profile).train()
 
 
 def use_compile_cache(folder: str, workdir: Path) -> None:

@@ -47,13 +47,15 @@ class Run:
     """One process's run of the loop, from a checked set-up.
 
     Attributes:
-      setup: see `train_setup.prepare`.
+      setup: see `train_setup.prepare`; stop: asked before every step.
       profile: first and last step to trace, or None.
     """
 
-    def __init__(self, setup: Setup, profile: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, setup: Setup, stop: Preemption, profile: tuple[int, int] | None = None
+    ) -> None:
         """Opens the workdir's logs; arrays come with `train`."""
-        self.setup, self.profile = setup, profile
+        self.setup, self.stop, self.profile = setup, stop, profile
         first = setup.resume_step or 0
         config, index = setup.config, jax.process_index()
         setup.workdir.mkdir(parents=True, exist_ok=True)
@@ -88,8 +90,7 @@ class Run:
             stack.callback(self.writer.close)
             stack.callback(self.progress.close)
             stack.enter_context(jax.set_mesh(setup.mesh))
-            stop = Preemption()
-            stack.callback(stop.close)
+            stack.callback(self.stop.close)
             with self.goodput.losing("startup"):
                 for line in describe(setup):
                     self.say(line)
@@ -100,14 +101,14 @@ class Run:
                 return 0
             batches = self._batches(step, stack)
             evaluation = Evaluation(setup, self.say)
-            status = self._loop(state, step, batches, evaluation, stop)
+            status = self._loop(state, step, batches, evaluation)
         self.say(f"workdir: {setup.workdir} (checkpoints/, metrics.jsonl, images/)")
         return status
 
-    def _loop(self, state: TrainState, step: int, batches, evaluation, stop) -> int:
+    def _loop(self, state: TrainState, step: int, batches, evaluation) -> int:
         config = self.setup.config
         while step < config.steps:
-            if stop.reached(step):
+            if self.stop.reached(step):
                 self._finish_pending()
                 self._save(state, wait=True)
                 self.say(f"stopped by a signal, saved at step {step}; the same command goes on")

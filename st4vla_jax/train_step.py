@@ -88,8 +88,8 @@ def make_train_step(
         (grads, probes), parts = _accumulated(
             grad_fn, state.params, batch, draws, cfg.accumulation, model.rt.rules
         )
-        # XLA's CPU backend (jax 0.10.2) races where it fuses a sum with the broadcast that makes its
-        # operand, as the patch kernel's gradient is: the barrier keeps them apart.
+        # XLA's CPU backend (jax 0.10.2) races where it fuses a sum with the broadcast that made
+        # its operand, as the patch kernel's gradient is made: the barrier keeps them apart.
         grads = jax.lax.optimization_barrier(grads)
         squares = map_with_path(lambda _, g: jnp.sum(jnp.square(g.astype(jnp.float32))), grads)
         norm = jnp.sqrt(sum(jax.tree.leaves(squares)))

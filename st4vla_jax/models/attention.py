@@ -75,7 +75,7 @@ def attention(
 
         return _on_mesh(attend, rules, q, k, v, (mask,))
     if plain and name == "splash":
-        interpret = _platform() != "tpu"
+        interpret = platform() != "tpu"
 
         def attend(q, k, v, segments):
             return attention_splash.attend(q, k, v, segments, causal, interpret)
@@ -135,16 +135,16 @@ def _segment_mask(q_segments, kv_segments):
     return (q_segments[..., :, None] == kv_segments[..., None, :])[..., None, :, :]
 
 
-def _platform() -> str:
+def platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def _platform_kernel() -> str:
-    platform = _platform()
-    if platform == "tpu":
+    name = platform()
+    if name == "tpu":
         return "splash"
-    if platform == "gpu" and attention_cudnn.device_has_kernel():
+    if name == "gpu" and attention_cudnn.device_has_kernel():
         return "cudnn"
     return "xla"
 

@@ -59,6 +59,8 @@ class Linear(nn.Module):
       in_shape, out_shape: axes of the kernel, e.g. (D,) -> (N, H) for a query projection.
       axes: one logical name for each axis of the kernel, inputs first.
       dtype: dtype of the matmul and of the result; param_dtype: dtype of fresh parameters.
+      pad_in, pad_out: zeros beyond the first input and the last output axis, of the matmul alone:
+        some kernels are much faster on whole tiles.  The result is wider by ``pad_out``.
     """
 
     in_shape: tuple[int, ...]
@@ -69,10 +71,13 @@ class Linear(nn.Module):
     param_dtype: Any = jnp.float32
     kernel_init: Init = normal_init(0.02)
     bias_init: Init = nn.initializers.zeros_init()
+    pad_in: int = 0
+    pad_out: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         num_in = len(self.in_shape)
+        in_shape = (self.in_shape[0] + self.pad_in, *self.in_shape[1:])
         kernel = self.param(
             "kernel",
             boxed(self.kernel_init, self.axes),
@@ -80,14 +85,17 @@ class Linear(nn.Module):
             self.param_dtype,
         )
         lead, inner = x.shape[: x.ndim - num_in], x.shape[x.ndim - num_in :]
-        if inner != tuple(self.in_shape):
-            raise ValueError(f"{self.name}: input {x.shape} does not end in {self.in_shape}")
+        if inner != in_shape:
+            raise ValueError(f"{self.name}: input {x.shape} does not end in {in_shape}")
+        kernel = self._padded(kernel, self.pad_in, self.pad_out)
         contract = ((tuple(range(len(lead), x.ndim)), tuple(range(num_in))), ((), ()))
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), contract)
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel, contract)
         if self.has_variable("params", "lora_a"):  # beside the kernel, see models/lora.py
             a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
-            low = jax.lax.dot_general(x.astype(self.dtype), a.astype(self.dtype), contract)
-            y = y + jnp.tensordot(low, b.astype(self.dtype), 1)
+            low = jax.lax.dot_general(
+                x.astype(self.dtype), self._padded(a, self.pad_in, 0), contract
+            )
+            y = y + jnp.tensordot(low, self._padded(b, 0, self.pad_out), 1)
         if self.use_bias:
             bias = self.param(
                 "bias",
@@ -95,8 +103,18 @@ class Linear(nn.Module):
                 tuple(self.out_shape),
                 self.param_dtype,
             )
-            y = y + bias.astype(self.dtype)
+            y = y + self._padded(bias, 0, self.pad_out)
         return y
+
+    def _padded(self, weight: jax.Array, first: int, last: int) -> jax.Array:
+        """In the matmul's dtype, with zeros after the first and the last axis."""
+        weight = weight.astype(self.dtype)
+        if not first + last:
+            return weight
+        widths = [[0, 0] for _ in weight.shape]
+        widths[0][1] += first
+        widths[-1][1] += last
+        return jnp.pad(weight, widths)
 
 
 class Embed(nn.Module):

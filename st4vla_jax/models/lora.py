@@ -86,7 +86,7 @@ def merge_lora(params: Params) -> Params:
 
 
 def merged_kernel(kernel, a, b):
-    """Folds one: kernel [*lead,*in,*out] + A [*lead,*in,r] B [*lead,r,*out]; numpy or jax arrays."""
+    """Folds one: kernel [*lead,*in,*out] + A [*lead,*in,r] B [*lead,r,*out], numpy or jax."""
     lead = a.ndim + b.ndim - 2 - kernel.ndim
     rank, inner = a.shape[-1], a.shape[lead:-1]
     layers = kernel.shape[:lead]

@@ -253,7 +253,7 @@ def test_kernel_for():
 
 @pytest.mark.parametrize("platform,kernel", [("tpu", "splash"), ("gpu", "cudnn"), ("cpu", "xla")])
 def test_auto_is_the_platforms_kernel(monkeypatch, platform, kernel):
-    monkeypatch.setattr(attention_module, "_platform", lambda: platform)
+    monkeypatch.setattr(attention_module, "platform", lambda: platform)
     monkeypatch.setattr(attention_cudnn, "device_has_kernel", lambda: True)
     assert kernel_for("auto", BF16, 1024, 1024, 128) == kernel
     mask = segment_mask("auto", BF16, 128, *(jnp.zeros((2, 8), jnp.int32),) * 2)
@@ -261,7 +261,7 @@ def test_auto_is_the_platforms_kernel(monkeypatch, platform, kernel):
 
 
 def test_old_gpus_stay_with_xla(monkeypatch):
-    monkeypatch.setattr(attention_module, "_platform", lambda: "gpu")
+    monkeypatch.setattr(attention_module, "platform", lambda: "gpu")
     monkeypatch.setattr(attention_cudnn, "device_has_kernel", lambda: False)
     assert kernel_for("auto", BF16, 1024, 1024, 128) == "xla"
 

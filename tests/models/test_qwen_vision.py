@@ -285,3 +285,26 @@ def test_the_3b_tower_fits_meshes(sizes):
     specs = param_shardings(tree, make_mesh(*sizes), Rules())
     qkv = specs["blocks"]["attn"]["qkv"]["kernel"].spec
     assert tuple(qkv) == (None, "fsdp", None, "tensor", None)
+
+
+def test_padded_mlp_equals_the_plain_one(monkeypatch):
+    """On GPUs the MLP's width is brought to whole tiles; the function stays the same."""
+    cfg = dataclasses.replace(model_config("tiny", None, None).vision, intermediate_size=84)
+    mlp, x = qwen_vision.VisionMlp(cfg, FLOAT32), jnp.asarray(_normal((2, 6, cfg.hidden_size)))
+    params = unbox(mlp.init(jax.random.key(0), x))
+
+    def gradients():
+        return jax.grad(lambda p: jnp.sum(jnp.sin(mlp.apply(p, x))))(params)
+
+    plain, plain_grads = mlp.apply(params, x), gradients()
+    monkeypatch.setattr(qwen_vision, "platform", lambda: "gpu")
+    assert qwen_vision.mlp_padding(84) == 44 and qwen_vision.mlp_padding(128) == 0
+    assert "128" in str(jax.make_jaxpr(lambda p: mlp.apply(p, x))(params))
+    np.testing.assert_allclose(mlp.apply(params, x), plain, rtol=0, atol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), gradients(), plain_grads
+    )
+
+
+def _normal(shape):
+    return np.random.default_rng(3).standard_normal(shape).astype(np.float32)
