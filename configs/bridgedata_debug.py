@@ -28,6 +28,6 @@ def get_config() -> ConfigDict:
     config.save_every = 500
     config.loss.text = 1.0
     config.data.schedule.update({"robot_samples": 16, "grounding_samples": 3, "window": 8})
-    config.evaluation.every = 500
+    config.evaluation.update({"every": 500, "train_batches": 4})
     config.log.every = 10
     return config

@@ -28,7 +28,7 @@ def get_config(stage: str = "stage2") -> ConfigDict:
     config = tiny(train_config(grounding=grounding, **({"tabletop": robot} if both else {})))
     config.data.system = "tabletop"
     config.data.prompts = ("{instruction}. Locate the key object.",)
-    config.data.schedule.update({"tokens": 512, "robot_samples": 24, "grounding_samples": 12})
+    config.data.schedule.update({"tokens": 640, "robot_samples": 24, "grounding_samples": 12})
     config.steps, config.save_every = 400, 200
     config.evaluation.every = 200
     config.evaluation.samples = 16

@@ -9,9 +9,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 out=${OUT:-runs/quickstart}
-episodes=400 grounding=2000 stage1=600 stage2=600
+episodes=400 grounding=2000 stage1=300 stage2=300 test_records=64 test_episodes=20
 if [[ ${1:-} == --smoke ]]; then
-    episodes=24 grounding=96 stage1=6 stage2=6
+    episodes=24 grounding=96 stage1=4 stage2=4 test_records=8 test_episodes=2
 elif [[ $# -gt 0 ]]; then
     sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 2
@@ -23,7 +23,7 @@ if [[ ! -x $venv/bin/python ]]; then
     "$venv/bin/python" -m pip install --quiet --upgrade pip
 fi
 python=$venv/bin/python
-"$python" -m pip install --quiet --editable '.[export]'
+"$python" -m pip install --quiet --editable .
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 
 say() { printf '\n== %s\n' "$*"; }
@@ -53,16 +53,33 @@ train 2 "$stage2" --config.init.checkpoint="$out/stage1" \
     --config.data.sets.tabletop.path="$out/data/tabletop/1.0.0"
 checkpoint=$(find "$out/stage2/checkpoints" -maxdepth 1 -name '[0-9]*' | sort | tail -n 1)
 
-say "4 of 6: held-out scores"
-run "$python" -m st4vla_jax.evaluate --checkpoint "$checkpoint" --suite actions grounding tabletop \
-    --data "$out/data" --out "$out/evaluation"
+say "4 of 6: scores on scenes that were not trained on"
+run "$python" -m st4vla_jax.tabletop.dataset --grounding "$test_records" --seed 1 --out "$out/test"
+run "$python" -m st4vla_jax.evaluate --checkpoint "$checkpoint" --out "$out/evaluation" \
+    --suite actions grounding tabletop --batches 2 --samples 8 \
+    --data "$out/test/grounding/records.jsonl" --prior "$out/data/grounding/records.jsonl" \
+    --tasks reach --episodes "$test_episodes"
 
 say "5 of 6: export to PyTorch"
 run "$python" -m convert_weights.to_torch --checkpoint "$checkpoint" --out "$out/exported" \
     --format both --allow-custom-sizes --overwrite
 
 say "6 of 6: one action chunk"
-"$python" -m st4vla_jax.tabletop.snapshot --out "$out/snapshot"
+"$python" - "$out/snapshot" <<'PYTHON'
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from st4vla_jax.tabletop.environment import Tabletop
+
+folder = Path(sys.argv[1])
+folder.mkdir(exist_ok=True)
+observation = Tabletop(image_size=112).reset(seed=7, task="reach", split="val")
+for view, image in observation.images.items():
+    Image.fromarray(image).save(folder / f"{view}.png")
+(folder / "instruction.txt").write_text(observation.instruction)
+PYTHON
 run "$python" -m st4vla_jax.predict action --checkpoint "$checkpoint" \
     --image "$out/snapshot/primary.png" --image "$out/snapshot/wrist.png" \
     --instruction "$(cat "$out/snapshot/instruction.txt")" --out "$out/action.json"
@@ -71,7 +88,7 @@ say "everything is in $out"
 cat <<TEXT
   data/                    episodes (RLDS) and grounding records
   stage1/, stage2/         metrics.jsonl, tensorboard/, images/first_batch_0.png, checkpoints/
-  evaluation/report.html   scores with pictures
+  evaluation/report.html   scores with pictures; summary.json has the numbers
   exported/                PyTorch checkpoint of upstream's layout, and a Hugging Face folder
   action.json              an action chunk
 TEXT

@@ -139,17 +139,23 @@ class EvaluationSettings:
     Attributes:
       every: updates between evaluations; 0 = none.
       batches: held-out batches, at most; samples: chunks sampled for each robot sample.
+      train_batches: training batches that get the same scores, as fit/*; 0 = none.
       diagnostics: updates between `diagnostics` of the two losses' gradients in the VLM; 0 = none.
     """
 
     every: int = 0
     batches: int = 4
+    train_batches: int = 0
     samples: int = 32
     diagnostics: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.every, self.diagnostics) < 0 or min(self.batches, self.samples) < 1:
-            raise ConfigError("every, diagnostics must be at least 0; batches, samples at least 1")
+        if min(self.every, self.diagnostics, self.train_batches) < 0 or min(
+            self.batches, self.samples
+        ) < 1:  # fmt: skip
+            raise ConfigError(
+                "every, diagnostics and train_batches must be at least 0; batches and samples 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ class Evaluation:
     def __init__(self, setup: Setup, say: Callable[[str], None]) -> None:
         """Only remembers; batches are read at the first use."""
         self._setup, self._say = setup, say
-        self._held_out: HeldOut | None = None
+        self._scores: dict[str, HeldOut] = {}  # by the area that their metrics get
         self._diagnostics: Diagnostics | None = None
 
     def due(self, step: int) -> bool:
@@ -38,16 +38,17 @@ class Evaluation:
         return overfit or bool(every) and (step % every == 0 or step == config.steps)
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
-        """Metrics of a state: eval/*, eval_ema/* where an average is kept, and `Diagnostics`'."""
+        """Metrics of a state: eval/*, fit/* (training batches), eval_ema/*, and `Diagnostics`'."""
         metrics = {}
         if self.scores_due(step):
-            if self._held_out is None:
-                self._held_out = self._open()
-            to_device = self._setup.to_device
-            metrics |= self._held_out(state.all_params, to_device)
-            if state.ema is not None:
-                averaged = self._held_out(merge(state.ema, state.frozen), to_device)
-                metrics |= {k.replace("eval/", "eval_ema/", 1): v for k, v in averaged.items()}
+            self._scores = self._scores or self._open()
+            for area, scores in self._scores.items():
+                found = scores(state.all_params, self._setup.to_device)
+                metrics |= {name.replace("eval", area, 1): v for name, v in found.items()}
+            if state.ema is not None and "eval" in self._scores:
+                averaged = merge(state.ema, state.frozen)
+                found = self._scores["eval"](averaged, self._setup.to_device)
+                metrics |= {name.replace("eval", "eval_ema", 1): v for name, v in found.items()}
         if self._diagnostics_due(step):
             if self._diagnostics is None:
                 self._diagnostics = Diagnostics(self._setup)
@@ -58,25 +59,30 @@ class Evaluation:
         every = self._setup.config.evaluation.diagnostics
         return bool(every) and step % every == 0
 
-    def _open(self) -> HeldOut:
-        """Held-out batches; with overfit_one_batch the one that is trained on."""
+    def _open(self) -> dict[str, HeldOut]:
+        """Scores on held-out and on training batches; overfit_one_batch has the latter alone."""
         setup, config = self._setup, self._setup.config.evaluation
-        if setup.flags.overfit_one_batch:
-            batches = first_batches(setup, 1)
-        else:
+        batches = {}
+        if not setup.flags.overfit_one_batch:
             pipeline = open_held_out(setup)
             stream = pipeline.batches(0)
-            batches = list(itertools.islice(stream, config.batches))
+            batches["eval"] = list(itertools.islice(stream, config.batches))
             stream.close()
             names = ", ".join(d.source.name for d in pipeline.data_sets)
-            self._say(f"held out: {len(batches)} batches of {names}")
+            self._say(f"held out: {len(batches['eval'])} batches of {names}")
+        count = 1 if setup.flags.overfit_one_batch else config.train_batches
+        if count:
+            batches["fit"] = first_batches(setup, count)
         mean, names = None, ()
-        if batches[0].action is not None:
+        if setup.config.model.has_action:
             mean = mean_chunk(first_batches(setup, MEAN_BATCHES, whole=True))
             names = action_names(setup)
-        return HeldOut(
-            setup.model, batches, mean, names, setup.config.seed, config.samples, setup.groups
-        )
+        return {
+            area: HeldOut(
+                setup.model, own, mean, names, setup.config.seed, config.samples, setup.groups
+            )
+            for area, own in batches.items()
+        }
 
 
 class Diagnostics:

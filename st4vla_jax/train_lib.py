@@ -34,7 +34,8 @@ from st4vla_jax.train_step import by_group
 SHOWN = (
     "loss/total", "loss/action", "loss/text", "grad/norm", "time/step", "rate/samples",
     "eval/action_mse", "eval/action_mse_mean_baseline", "eval/energy", "eval/energy_mean_baseline",
-    "eval/text_loss", "align/pss", "align/cosine",
+    "eval/text_loss", "fit/action_mse", "fit/action_mse_mean_baseline", "fit/text_loss",
+    "align/pss", "align/cosine",
 )  # fmt: skip
 TRACE_FOLDER = "profile"
 
