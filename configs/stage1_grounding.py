@@ -1,7 +1,7 @@
 """Stage 1, spatial grounding pre-training: Qwen2.5-VL answers with boxes, points, trajectories.
 
 python -m st4vla_jax.train --config=configs/stage1_grounding.py --workdir=runs/stage1 \
-    --config.init.checkpoint=qwen2_5_vl_3b --config.data.tokenizer=qwen2_5_vl_3b/meta/tokenizer
+    --config.init.checkpoint=qwen2_5_vl_3b
 
 The paper gives data (3.0 M samples, spec upstream.md 4.5), not batch, rate or length: 256 samples
 and 1e-5 are Qwen's own fine-tuning settings, 20,000 updates the name of a released checkpoint.

@@ -6,6 +6,7 @@ configs/data.py has the same fields with their defaults; here they are checked a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,10 @@ from st4vla_jax.data.rlds import RldsSource
 from st4vla_jax.data.robot_spec import nearest
 from st4vla_jax.data.schedule import ScheduleConfig
 from st4vla_jax.data.source import Source
-from st4vla_jax.data.stats import EmbodimentAccumulator, accumulate
+from st4vla_jax.data.stats import EmbodimentAccumulator, accumulate, foreign_statistics
 from st4vla_jax.data.tokenizer import Tokenizer, byte_level_tokenizer
 
+_COMPARED = 32  # episodes of a set that given statistics are held against
 KINDS = ("rlds", "lerobot", "grounding", "lerobot_grounding")
 
 
@@ -342,9 +344,24 @@ def open_tokenizer(folder: str) -> Tokenizer:
 
 
 def _statistics(settings: DataSettings, sources: Sequence[Source]) -> Statistics:
-    if settings.statistics:
-        return Statistics.load(settings.statistics)
-    return statistics_of([s for e, s in zip(settings.sets, sources, strict=True) if e.is_robot])
+    robots = [s for e, s in zip(settings.sets, sources, strict=True) if e.is_robot]
+    if not settings.statistics:
+        return statistics_of(robots)
+    statistics = Statistics.load(settings.statistics)
+    problems = [
+        text
+        for source in robots
+        if source.spec.embodiment in statistics
+        and (text := _foreign(source, statistics[source.spec.embodiment]))
+    ]
+    if problems:
+        raise SettingsError(f"{settings.statistics}:\n  " + "\n  ".join(problems))
+    return statistics
+
+
+def _foreign(source: Any, entry: EmbodimentStatistics) -> str | None:
+    episodes = itertools.islice(source.standard_episodes(), _COMPARED)
+    return foreign_statistics(source.name, episodes, entry)
 
 
 def statistics_of(sources: Sequence[Any]) -> Statistics:

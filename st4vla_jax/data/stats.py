@@ -19,6 +19,10 @@ import numpy as np
 from st4vla_jax.data.normalize import EmbodimentStatistics, FieldStatistics, StatisticsError
 from st4vla_jax.data.robot_spec import RobotSpec, StandardEpisode
 
+# Bounds of `foreign_statistics`.
+_OUTSIDE = 0.1  # share of values
+_NARROW = 0.02  # of the spread
+
 EXACT_ROWS = 2**22  # 16 MiB a dimension, as much as the buckets take
 
 _FOLD_ROWS = 2**16  # rows gathered before they are added up
@@ -234,3 +238,34 @@ def accumulate(spec: RobotSpec, episodes: Iterable[StandardEpisode]) -> Embodime
     for episode in episodes:
         accumulator.update(episode)
     return accumulator
+
+
+def foreign_statistics(
+    name: str, episodes: Iterable[StandardEpisode], entry: EmbodimentStatistics
+) -> str | None:
+    """Why statistics cannot be of these episodes, or None.
+
+    Those of the data itself hold every value between min and max, and vary as it varies.  A new
+    share of the same robot's data leaves these bounds a little; other data or other units do by
+    far.
+
+    Args:
+      name: of the data set.
+      episodes: some of it.
+      entry: statistics of its embodiment.
+    """
+    actions = np.concatenate([episode.actions for episode in episodes], dtype=np.float64)
+    field = entry.action
+    if actions.shape[1] != len(field.mask):
+        return None  # told by the encoder
+    scaled = field.mask & (field.std > 0)
+    outside = (actions < field.min) | (actions > field.max)
+    share = outside[:, scaled].mean() if scaled.any() else 0.0
+    ratio = np.median(actions.std(axis=0)[scaled] / field.std[scaled]) if scaled.any() else 1.0
+    if share <= _OUTSIDE and ratio >= _NARROW:
+        return None
+    return (
+        f"{name}: the statistics are of other data: {share:.0%} of its first {len(actions)} steps' "
+        f"values lie outside of min..max, and their spread is {ratio:.3g} of the statistics'; "
+        "compute them anew with python -m st4vla_jax.compute_stats"
+    )

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -6,7 +8,12 @@ from hypothesis import strategies as st
 from st4vla_jax.data.normalize import MOMENTS, Statistics, StatisticsError
 from st4vla_jax.data.oxe import SPECS
 from st4vla_jax.data.robot_spec import Part, RobotSpec, StandardEpisode
-from st4vla_jax.data.stats import EmbodimentAccumulator, FieldAccumulator, accumulate
+from st4vla_jax.data.stats import (
+    EmbodimentAccumulator,
+    FieldAccumulator,
+    accumulate,
+    foreign_statistics,
+)
 
 SPEC = RobotSpec(
     "toy", "arm", {"primary": "image"}, "text", (Part("action"),), names=("x", "grip"),
@@ -169,3 +176,14 @@ def test_states_and_actions_of_one_embodiment_must_agree():
             accumulator.update(next(episodes(1, 1, state=other)))
     with pytest.raises(StatisticsError, match="bridge_orig and toy share the embodiment 'arm'"):
         accumulate(SPEC, episodes(0, 1)).merge(EmbodimentAccumulator(SPECS["bridge_orig"]))
+
+
+def test_statistics_of_other_data_are_told():
+    own = list(episodes(0, 5, state=3))
+    entry = accumulate(SPEC, own).result()
+    assert foreign_statistics("arm", own, entry) is None
+    assert foreign_statistics("arm", list(episodes(1, 5, state=3)), entry) is None
+    for factor, named in ((30.0, "lie outside"), (0.001, "spread is 0.001")):
+        other = [dataclasses.replace(e, actions=e.actions * factor) for e in own]
+        text = foreign_statistics("arm", other, entry)
+        assert text.startswith("arm: the statistics are of other data") and named in text
