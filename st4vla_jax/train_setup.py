@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ FREE_KEYS = tuple(
         "data.schedule.multiple", "init", "optim.max_skipped",
     )
 )  # fmt: skip
-DATA_KEYS = ("config.data",)
+DATA_KEYS = ("config.data",)  # free where the fingerprint, which covers the samples, is the same
 OPTIMIZER_KEYS = ("config.optim", "config.lora", "ema")
 
 
@@ -92,10 +92,7 @@ class Setup:
 
     @property
     def step_config(self) -> StepConfig:
-        loss = self.config.loss
-        return StepConfig(
-            loss.repeats, loss.weights, self.config.accumulation, self.config.seed, self.groups
-        )
+        return step_config(self.config, self.groups)
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -119,16 +116,7 @@ def prepare(config: TrainConfig, workdir: Path | str, flags: RunFlags = RunFlags
     problems: list[str] = []
     workdir = Path(workdir).absolute()
     mesh = attempt(problems, lambda: make_mesh(**config.mesh.sizes(len(jax.devices()))))
-    model = ST4VLA(config.model, config.runtime)
-    optimizer = Optimizer(config.optim, config.steps)
-
-    def init(key: jax.Array) -> Params:
-        return add_lora(model.init(key), config.lora, jax.random.fold_in(key, len(PARTS)))
-
-    boxed = jax.eval_shape(model.init, jax.random.key(0))
-    problems += lora_problems(boxed, config.lora)
-    boxed = jax.eval_shape(init, jax.random.key(0))
-    problems += coverage_problems([p for p, _ in leaves_by_path(unbox(boxed))], config.optim.groups)
+    model, optimizer, init, boxed = described(config, problems)
     abstract = mesh and not problems and attempt(
         problems, lambda: abstract_state(boxed, optimizer, mesh, config)
     )  # fmt: skip
@@ -147,8 +135,10 @@ def prepare(config: TrainConfig, workdir: Path | str, flags: RunFlags = RunFlags
     step = checkpoints.latest()
     if step is not None:
         try:
+            before = checkpoints.run_record(step)
+            same = before[FINGERPRINT] == record[FINGERPRINT]
             compare_runs(
-                checkpoints.run_record(step), record, free=FREE_KEYS, data=DATA_KEYS,
+                before, record, free=FREE_KEYS + (DATA_KEYS if same else ()), data=DATA_KEYS,
                 optimizer=OPTIMIZER_KEYS, allow_data_change=flags.allow_data_change,
                 restart_optimizer=flags.restart_optimizer,
             )  # fmt: skip
@@ -159,6 +149,29 @@ def prepare(config: TrainConfig, workdir: Path | str, flags: RunFlags = RunFlags
         config, workdir, flags, mesh, model, optimizer, abstract, init, folders, pipeline,
         checkpoints, record, step,
     )  # fmt: skip
+
+
+def described(
+    config: TrainConfig, problems: list[str]
+) -> tuple[ST4VLA, Optimizer, Callable[[jax.Array], Params], Params]:
+    """The model, its optimizer, what makes fresh parameters, and their shapes in `Axes` boxes."""
+    model = ST4VLA(config.model, config.runtime)
+    optimizer = Optimizer(config.optim, config.steps)
+
+    def init(key: jax.Array) -> Params:
+        return add_lora(model.init(key), config.lora, jax.random.fold_in(key, len(PARTS)))
+
+    boxed = jax.eval_shape(model.init, jax.random.key(0))
+    problems += lora_problems(boxed, config.lora)
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    problems += coverage_problems([p for p, _ in leaves_by_path(unbox(boxed))], config.optim.groups)
+    return model, optimizer, init, boxed
+
+
+def step_config(config: TrainConfig, groups: Sequence[str]) -> StepConfig:
+    """What an update of this run computes; ``groups`` name data sets and answer kinds."""
+    loss = config.loss
+    return StepConfig(loss.repeats, loss.weights, config.accumulation, config.seed, tuple(groups))
 
 
 def attempt(problems: list[str], fn: Callable[[], Any]) -> Any:
@@ -267,11 +280,16 @@ def _data_settings(config: TrainConfig, base: Path | None) -> DataSettings:
 
 
 def _open(settings: DataSettings, mesh: Mesh, config: TrainConfig, part: str = "train") -> Pipeline:
-    """This process's part of the data; sequences divide by devices and microbatches."""
+    """This process's part of the data; sequences divide by devices and microbatches.
+
+    Where the config's own ``schedule.multiple`` is a multiple of these already, another mesh or
+    accumulation gives the very same sequences.
+    """
     rules = config.runtime.rules
     blocks = math.prod(mesh.shape[axis] for axis in rules.mesh_axes("batch"))
-    multiple = blocks * (config.accumulation if part == "train" else 1)
     schedule = settings.schedule
+    needed = blocks * (config.accumulation if part == "train" else 1)
+    multiple = math.lcm(schedule.multiple, needed)
     if schedule.sequences % multiple:
         raise ConfigError(
             f"data.schedule.sequences {schedule.sequences} is no multiple of {multiple} "

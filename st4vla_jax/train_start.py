@@ -23,6 +23,7 @@ from st4vla_jax.train_setup import ADAPTERS, Setup, abstract_batch, sharded_like
 from st4vla_jax.train_step import Metrics, init_train_state, make_train_step
 
 Say = Callable[[str], None]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 # A fresh state is made once: XLA's optimisation would take longer than it saves.
 _FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -40,6 +41,9 @@ def first_state(setup: Setup, say: Say) -> TrainState:
     if setup.resume_step is not None and not setup.flags.restart_optimizer:
         state = setup.checkpoints.restore(setup.resume_step, setup.abstract)
         say(f"resumed at step {setup.resume_step} from {setup.checkpoints.folder}")
+        before = setup.checkpoints.run_record(setup.resume_step)["config"]["steps"]
+        if before != setup.config.steps:
+            say(f"steps: {before} -> {setup.config.steps}; learning rates follow the new length")
         return state
     taken: Params = {}
     if setup.resume_step is not None:
@@ -122,7 +126,7 @@ class CompiledStep:
       expected: the global batch's shapes; lowering_s, compile_s: seconds that they took.
     """
 
-    run: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    run: TrainStep
     expected: Batch
     lowering_s: float
     compile_s: float
@@ -148,12 +152,17 @@ def compile_step(setup: Setup, batch: Batch) -> CompiledStep:
     """Compiles the train step for batches like this process's part ``batch``."""
     step = make_train_step(setup.model, setup.optimizer, setup.step_config)
     expected = abstract_batch(batch, setup)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(sharded_like(setup.abstract), None))
     start = time.perf_counter()
-    lowered = jitted.lower(setup.abstract, expected)
+    lowered = trace_step(step, setup.abstract, expected).lower()
     lowering = time.perf_counter() - start
     compiled = lowered.compile()
     return CompiledStep(compiled, expected, lowering, time.perf_counter() - start - lowering)
+
+
+def trace_step(step: TrainStep, state: TrainState, batch: Batch) -> jax.stages.Traced:
+    """The step for a state and a batch of ShapeDtypeStructs, under the mesh of `jax.set_mesh`."""
+    shardings = (sharded_like(state), None)
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings).trace(state, batch)
 
 
 def _differences(expected: Any, batch: Any) -> list[str]:
