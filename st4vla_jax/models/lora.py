@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from st4vla_jax.sharding import Axes, is_axes
 
 LORA_A, LORA_B = "lora_a", "lora_b"
+# Kernels that no `Linear` applies: it would not be known that an adapter stands beside them.
+_OTHER_KERNELS = ("vlm/visual/patch_embed/proj", "bridge/blocks/cross_attn/in_proj")
 Params = dict[str, Any]
 
 
@@ -100,7 +102,7 @@ def _kernels(tree: Params, prefix: str = ""):
     """Yields (path of the module, boxed kernel) of every `Linear`."""
     for name, child in tree.items():
         if isinstance(child, dict):
-            if is_axes(child.get("kernel")):
+            if is_axes(child.get("kernel")) and prefix + name not in _OTHER_KERNELS:
                 yield prefix + name, child["kernel"]
             yield from _kernels(child, f"{prefix}{name}/")
 
