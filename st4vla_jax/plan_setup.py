@@ -1,0 +1,135 @@
+"""What a plan is about: a config on a mesh, in shapes, checked as far as that goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+
+from st4vla_jax.batch import Batch
+from st4vla_jax.config import ConfigError
+from st4vla_jax.models.st4vla import ST4VLA
+from st4vla_jax.optim import Optimizer
+from st4vla_jax.plan_batch import PlannedBatch, planned_batch
+from st4vla_jax.sharding import MESH_AXES, Rules, is_axes, make_mesh
+from st4vla_jax.state import TrainState, leaves_by_path
+from st4vla_jax.train_config import MeshSettings, TrainConfig
+from st4vla_jax.train_setup import abstract_state, attempt, described
+
+LANES = 128  # of a TPU's registers: narrower slices are padded when they travel
+_LEAST = 64  # below it the compiler makes an all-gather an all-reduce, at twice the bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A config on a mesh.
+
+    Attributes:
+      mesh: of devices, or abstract.
+      state: ShapeDtypeStructs with shardings, of the whole mesh.
+      planned: the batch of one update.
+      narrow: "embed 1280 / 16 = 80", logical axes whose slices are under LANES lanes.
+    """
+
+    config: TrainConfig
+    mesh: Mesh | AbstractMesh
+    model: ST4VLA
+    optimizer: Optimizer
+    state: TrainState
+    planned: PlannedBatch
+    narrow: tuple[str, ...]
+
+    @property
+    def batch_shards(self) -> int:
+        return batch_shards(self.mesh, self.config.runtime.rules)
+
+    @property
+    def samples(self) -> int:
+        """Of one update."""
+        schedule = self.config.data.schedule
+        return schedule.robot_samples + schedule.grounding_samples
+
+    @property
+    def batch(self) -> Batch:
+        """ShapeDtypeStructs of an update's batch, with shardings."""
+        sharding = NamedSharding(self.mesh, self.config.runtime.rules.spec(("batch",)))
+        rows = self.planned.schedule.sequences
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding),
+            self.planned.batch,
+        )
+
+
+def make_plan(config: TrainConfig, devices: Sequence[jax.Device] | int) -> Plan:
+    """Lays a config out on devices, or on so many of them.
+
+    Raises:
+      ConfigError: every problem of mesh, parameters and data.
+    """
+    problems: list[str] = []
+    count = devices if isinstance(devices, int) else len(devices)
+    sizes = attempt(problems, lambda: config.mesh.sizes(count))
+    model, optimizer, _, boxed = described(config, problems)
+    if sizes and not problems:
+        if isinstance(devices, int):
+            mesh = AbstractMesh(tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * 3)
+        else:
+            mesh = make_mesh(**sizes, devices=devices)
+        rules = config.runtime.rules
+        state = attempt(problems, lambda: abstract_state(boxed, optimizer, mesh, config))
+        narrow, refused = narrow_slices(boxed, mesh, rules)
+        problems += refused
+        multiple = batch_shards(mesh, rules) * config.accumulation
+        planned = attempt(problems, lambda: planned_batch(config, multiple))
+    if problems:
+        raise ConfigError("this config cannot be laid out:\n  " + "\n  ".join(problems))
+    return Plan(config, mesh, model, optimizer, state, planned, narrow)
+
+
+def batch_shards(mesh: Mesh | AbstractMesh, rules: Rules) -> int:
+    """Parts of the batch: devices along its mesh axes."""
+    return math.prod(mesh.shape[axis] for axis in rules.mesh_axes("batch"))
+
+
+def parse_mesh(text: str, rules: Any) -> MeshSettings:
+    """Reads ``data,fsdp,tensor``; one may be -1.
+
+    Raises:
+      ConfigError: not three such sizes.
+    """
+    try:
+        data, fsdp, tensor = (int(size) for size in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--mesh={text}: give DATA,FSDP,TENSOR, three sizes as 4,16,1") from None
+    return MeshSettings(data, fsdp, tensor, rules)
+
+
+def narrow_slices(
+    boxed: Any, mesh: Mesh | AbstractMesh, rules: Rules
+) -> tuple[tuple[str, ...], list[str]]:
+    """Axes that fsdp cuts in slices under LANES lanes, and as problems those under 64.
+
+    On v5p, fsdp=64 of a width of 2048 made every all-gather a dynamic-update-slice and an
+    all-reduce (compiled, jax 0.10.2), fsdp=16 none.
+    """
+    narrow: dict[str, None] = {}
+    problems: dict[str, None] = {}
+    for _, box in leaves_by_path(boxed, is_leaf=is_axes):
+        for size, name in zip(box.value.shape, box.names, strict=True):
+            axes = rules.mesh_axes(name)
+            parts = math.prod(mesh.shape[axis] for axis in axes)
+            if "fsdp" not in axes or parts == 1 or size % parts or size // parts >= LANES:
+                continue
+            text = f"{name} {size} / {parts} = {size // parts}"
+            narrow[text] = None
+            if size // parts < _LEAST:
+                problems[
+                    f"fsdp: slices of {text} lanes; under {_LEAST} the compiler makes each "
+                    f"all-gather an all-reduce: at most fsdp={max(1, size // _LEAST)}, or "
+                    f"--config.mesh.rules={{'{name}': ()}} keeps it whole on every device"
+                ] = None
+    return tuple(narrow), list(problems)
