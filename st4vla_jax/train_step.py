@@ -23,7 +23,11 @@ from st4vla_jax.sharding import Rules, constrain
 from st4vla_jax.state import Params, TrainState, leaves_by_path, map_with_path, merge
 
 Metrics = dict[str, jax.Array]
-NORM_MODULES = ("vlm/visual", "vlm/language_model", "dino", "bridge", "dit")
+# Path of a module -> its norm's name; "grad/bridge" is the gradient that crosses into the VLM.
+NORM_MODULES = {
+    "vlm/visual": "vlm/visual", "vlm/language_model": "vlm/language_model", "dino": "dino",
+    "bridge": "qformer", "dit": "dit",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +184,7 @@ def module_norms(squares: Params) -> Metrics:
     """
     leaves = list(leaves_by_path(squares))
     own = {m: [s for path, s in leaves if path.startswith(m + "/")] for m in NORM_MODULES}
-    return {f"grad/{m}": jnp.sqrt(sum(parts)) for m, parts in own.items() if parts}
+    return {f"grad/{NORM_MODULES[m]}": jnp.sqrt(sum(parts)) for m, parts in own.items() if parts}
 
 
 def make_loss_norms(model: ST4VLA, cfg: StepConfig) -> Callable[..., Metrics]:

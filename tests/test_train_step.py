@@ -59,7 +59,7 @@ def test_metrics(plain_run, batch):
     np.testing.assert_allclose(
         first["loss/total"], first["loss/action"] + 0.1 * first["loss/text"], rtol=1e-6
     )
-    modules = ("vlm/visual", "vlm/language_model", "dino", "bridge", "dit")
+    modules = ("vlm/visual", "vlm/language_model", "dino", "qformer", "dit")
     total = np.sqrt(sum(first[f"grad/{m}"] ** 2 for m in modules))
     np.testing.assert_allclose(first["grad/norm"], total, rtol=1e-6)
     assert first["grad/bridge"] > 0 and first["grad/text_hidden"] > 0
