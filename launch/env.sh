@@ -52,8 +52,8 @@ detect_platform() {
     fi
 }
 
-# Runs a command, and again for as long as it ends with 75 ("saved, start me again"): run_until_done
-# COMMAND. Its last status is returned. SIGTERM and SIGINT are passed on, and then nothing is
+# Runs a command, and again for as long as it ends with 75 ("saved, start me again") or 137 (killed by
+# SIGKILL, as for memory): run_until_done COMMAND. Its last status is returned. SIGTERM and SIGINT are passed on, and then nothing is
 # started again: the machine is going away, and whoever sent them decides. Gives up after QUICK_ENDS
 # (5) ends in a row that came within QUICK_S (60) seconds of their start.
 run_until_done() {
@@ -71,7 +71,7 @@ run_until_done() {
             kill -0 "$child" 2>/dev/null || break
         done
         child=''
-        if [[ $status -ne 75 || -n $stop_requested ]]; then
+        if [[ ($status -ne 75 && $status -ne 137) || -n $stop_requested ]]; then
             break
         fi
         if ((SECONDS - start < ${QUICK_S:-60})); then
@@ -83,7 +83,7 @@ run_until_done() {
             echo "error: ended $quick times in a row within ${QUICK_S:-60} s of its start; see above" >&2
             break
         fi
-        echo "ended with 75 at $(date -u +%FT%TZ): starting again in ${RESTART_DELAY_S:-10} s" >&2
+        echo "ended with $status at $(date -u +%FT%TZ): starting again in ${RESTART_DELAY_S:-10} s" >&2
         sleep "${RESTART_DELAY_S:-10}"
         [[ -z $stop_requested ]] || break
     done

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains on this host until it is done, starting again whenever that is all it takes (status 75):
+# Trains on this host until it is done, starting again whenever that is all it takes (status 75, or
+# killed):
 #   bash launch/run_forever.sh --config=configs/NAME.py --workdir=DIR [more flags of train]
 # The same line on every host of a run. PYTHON: interpreter (default .venv/bin/python, else python3).
 # PLATFORM: tpu, gpu or cpu (default: what the host has). STATUS_FILE: where the last status is

@@ -41,7 +41,7 @@ def compare_runs(
       CheckpointError: something else changed; lists key, old and new value, and the flag.
     """
     # JSON makes lists of tuples; what is compared has been through it on both sides.
-    flat_old, flat_new = dict(_flat_record(old)), dict(_flat_record(new))
+    flat_old, flat_new = dict(flat_record(old)), dict(flat_record(new))
     accepted = (
         (free, True, ""),
         ((FINGERPRINT, *data), allow_data_change, "  [--allow_data_change accepts it]"),
@@ -67,10 +67,11 @@ def compare_runs(
         )
 
 
-def _flat_record(record: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_record(record: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields ("config.optim.b1", value) of nested dicts; an empty one is a value."""
     if isinstance(record, Mapping) and record:
         for name, value in record.items():
-            yield from _flat_record(value, f"{prefix}.{name}" if prefix else str(name))
+            yield from flat_record(value, f"{prefix}.{name}" if prefix else str(name))
     else:
         yield prefix, list(record) if isinstance(record, tuple) else record
 

@@ -9,6 +9,7 @@ when something has to be mended first.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from st4vla_jax.checkpoint import CheckpointError, git_revision
 from st4vla_jax.config import ConfigError
 from st4vla_jax.data.reading import ReadError
 from st4vla_jax.replay import replay
+from st4vla_jax.resume import flat_record
 from st4vla_jax.train_config import TrainConfig
 from st4vla_jax.train_lib import Run, TrainingError
 from st4vla_jax.train_setup import RunFlags, Setup, prepare
@@ -90,8 +92,9 @@ def use_compile_cache(folder: str, workdir: Path) -> None:
 
 def agree(setup: Setup) -> None:
     """Raises DistributedError where processes would train different things."""
+    config = flat_record(dict(setup.config.tree), "config")
     distributed.check_agreement({
-        "config": setup.config.fingerprint(),
+        **{key: json.dumps(value) for key, value in config},
         "code": git_revision() or "unknown",
         "data": setup.pipeline.fingerprint,
         "step": str(setup.resume_step),

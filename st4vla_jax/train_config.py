@@ -6,8 +6,6 @@ configs/common.py has every key with its default; a key that it lacks is an erro
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -311,10 +309,6 @@ class TrainConfig:
             ),
         }  # fmt: skip
         return [key for key, (idle, value, default) in unused.items() if idle and value != default]
-
-    def fingerprint(self) -> str:
-        """sha256 of the config, for the agreement of processes."""
-        return hashlib.sha256(json.dumps(self.tree, sort_keys=True).encode()).hexdigest()
 
 
 _SECTIONS = {

@@ -1,14 +1,17 @@
 """The real command: whole runs, kills, signals, refusals, replay."""
 
+import random
 import re
-import signal
+import shutil
 import time
 
 import numpy as np
 import pytest
 
 from st4vla_jax.checkpoint import read_meta
+from st4vla_jax.metrics import read_metrics
 from st4vla_jax.policy.policy import Policy
+from st4vla_jax.train_checkpoints import complete_steps
 from tests.reference import runs
 
 pytestmark = pytest.mark.xdist_group("runs")
@@ -16,36 +19,30 @@ pytestmark = pytest.mark.xdist_group("runs")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Data, compile cache, and the uninterrupted run that others are compared with."""
-    folder = tmp_path_factory.mktemp("runs")
-    data = runs.make_data(folder / "data")
-    return folder, lambda name, *extra, **settings: runs.arguments(
-        data, folder / name, folder / "cache", *extra, **settings
-    )
+    return runs.place(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")
-def whole(place):
-    folder, args = place
-    status, output = runs.run(args("whole"))
-    assert status == 0, output
-    return folder / "whole", output
+def whole(tmp_path_factory):
+    return runs.whole(tmp_path_factory.getbasetemp())
 
 
-def wait_for_step(workdir, step, process, timeout=240):
-    """Until a checkpoint of at least ``step`` is complete."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline and process.poll() is None:
-        if any(int(name) >= step for name in runs.steps_of(workdir) if name.isdigit()):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"step {step} was not saved; the process ended with {process.poll()}")
+def lines_of(workdir, since=0.0):
+    """Lines of metrics, if any was written since a time."""
+    path = workdir / "metrics.jsonl"
+    if not path.exists() or path.stat().st_mtime < since:
+        return 0
+    return path.read_text().count("\n")
+
+
+def complete(workdir):
+    return complete_steps(workdir / "checkpoints")
 
 
 def test_a_run_says_what_it_does_and_keeps_it(whole):
     workdir, output = whole
-    assert runs.steps_of(workdir) == ["00000002", "00000004", "00000006"]
-    for part in ("an update: 4 robot + 4 grounding", "parameters  lr 0.001", "fresh: bridge, dino",
+    assert complete(workdir) == [1, 2, 3, 4, 5, 6]
+    for part in ("an update: 2 robot + 2 grounding", "parameters  lr 0.001", "fresh: bridge, dino",
                  "lowered in", "compiled in", "first_batch_0.png", "step 6/6"):  # fmt: skip
         assert part in output, output
     lines = runs.numbers(workdir)
@@ -68,35 +65,39 @@ def test_a_step_of_it_acts(whole):
     assert result.actions.shape == (1, 8, 7) and np.isfinite(result.actions).all()
 
 
-def test_killed_and_started_again_it_ends_bitwise_equal(place, whole):
+@pytest.fixture(scope="module")
+def interrupted(place, whole):
+    """Workdir of a run that was killed, then stopped by a signal, then left to its end."""
     folder, args = place
-    process = runs.start(args("killed"))
-    wait_for_step(folder / "killed", 2, process)
-    process.send_signal(signal.SIGKILL)
+    workdir = folder / "interrupted"
+    process = runs.start(args("interrupted"))
+    runs.wait_until(lambda: complete(workdir), [process])
+    process.kill()
     runs.finish(process)
-    assert runs.steps_of(folder / "killed")[-1] != "00000006"
-    status, output = runs.run(args("killed"))
-    assert status == 0 and "resumed at step" in output, output
-    runs.same_arrays(runs.arrays(folder / "killed", 6), runs.arrays(whole[0], 6))
-    assert runs.numbers(folder / "killed") == runs.numbers(whole[0])
+    killed_at = complete(workdir)[-1]
+    assert killed_at < 5
+    shutil.copytree(workdir, folder / "changed")
 
-
-def test_a_signal_saves_the_present_step(place, whole):
-    folder, args = place
-    process = runs.start(args("stopped", save_every=1000))
-    deadline = time.monotonic() + 240
-    metrics = folder / "stopped/metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    later = args("interrupted", save_every=1000)
+    process = runs.start(later)
+    runs.wait_until(lambda: lines_of(workdir) > killed_at, [process])
     process.terminate()
     status, output = runs.finish(process)
-    assert status == 75 and "stopped by a signal, saved at step" in output, output
-    (saved,) = runs.steps_of(folder / "stopped")
-    assert 2 <= int(saved) < 6
-    status, output = runs.run(args("stopped", save_every=1000))
-    assert status == 0 and f"resumed at step {int(saved)}" in output, output
-    runs.same_arrays(runs.arrays(folder / "stopped", 6), runs.arrays(whole[0], 6))
+    assert status == 75 and f"resumed at step {killed_at} " in output, output
+    (stopped_at,) = re.findall(r"stopped by a signal, saved at step (\d+)", output)
+    assert complete(workdir)[-1] == int(stopped_at)
+    assert killed_at < int(stopped_at) < runs.STEPS
+
+    status, output = runs.run(later)
+    assert status == 0 and f"resumed at step {stopped_at} " in output, output
+    return workdir
+
+
+def test_killed_and_stopped_it_ends_bitwise_equal(interrupted, whole):
+    runs.same_arrays(runs.arrays(interrupted, runs.STEPS), runs.arrays(whole[0], runs.STEPS))
+    assert runs.numbers(interrupted) == runs.numbers(whole[0])
+    (logged,) = read_metrics(interrupted)[-1:]
+    assert logged["goodput/restart"] > 0  # one account over all three processes
 
 
 def test_a_finished_run_has_nothing_to_do(place, whole):
@@ -115,23 +116,22 @@ def test_changes_are_refused_by_key(place, whole):
     assert "config.steps" not in output and "Traceback" not in output
 
 
-def test_a_changed_mixture_goes_on_when_told(place, whole):
+def test_a_changed_mixture_goes_on_when_told(place, interrupted):
     folder, args = place
     extra = ("--allow_data_change", "--restart_optimizer")
-    changed = {"steps": 7, "optim.b1": 0.8, "data.schedule.seed": 7}
-    status, output = runs.run(args("whole", *extra, **changed))
+    status, output = runs.run(args("changed", *extra, **{"data.schedule.seed": 7}))
     assert status == 0 and "with a new optimizer" in output, output
-    assert runs.steps_of(folder / "whole")[-1] == "00000007"
-    assert runs.record(folder / "whole", 7)["run"]["config"]["data"]["schedule"]["seed"] == 7
+    run = runs.record(folder / "changed", runs.STEPS)["run"]
+    assert run["config"]["data"]["schedule"]["seed"] == 7
+    assert runs.numbers(folder / "changed")[-1] != runs.numbers(interrupted)[-1]
 
 
-def test_replay_repeats_a_step_exactly(place, whole):
-    folder, args = place
-    status, output = runs.run(args("killed", "--replay=4"))
+def test_replay_repeats_a_step_exactly(place, interrupted):
+    status, output = runs.run(place[1]("interrupted", "--replay=2"))
     assert status == 0, output
     assert re.search(r"equal to what the run logged, all \d+ numbers", output), output
     for name in ("batch.png", "samples.json", "metrics.json"):
-        assert (folder / "killed/replay/4" / name).stat().st_size > 10
+        assert (interrupted / "replay/2" / name).stat().st_size > 10
 
 
 def test_bad_command_lines(place, tmp_path):
@@ -146,3 +146,51 @@ def test_bad_command_lines(place, tmp_path):
     assert status == 1 and "Traceback" not in output
     for part in ("mesh", "no pattern matches parameter dit/", "nowhere"):
         assert part in output, output
+
+
+KILLS, KILL_STEPS = 20, 30
+
+
+@pytest.mark.slow
+def test_twenty_random_kills(tmp_path, place):
+    """Anywhere from the first save on, every other one while a save is being written."""
+    folder, args = place
+    settings = {"steps": KILL_STEPS, "save_every": 1}
+    status, output = runs.run(args("long", **settings, **{"checkpoint.keep_last": KILL_STEPS}))
+    assert status == 0, output
+    workdir, rng = folder / "kills", random.Random(0)
+    during = checked = 0
+    for kill in range(KILLS):
+        started, saving = time.time(), kill % 2
+        process = runs.start(args("kills", **settings))
+        due = max(complete(workdir), default=0) + rng.randrange(2)
+
+        def reached(due=due, saving=saving, started=started):
+            return lines_of(workdir, started) > due and (not saving or temporary(workdir))
+
+        runs.wait_until(reached, [process])
+        time.sleep(rng.uniform(0, 0.02 if saving else 1.0))
+        during += bool(temporary(workdir))
+        process.kill()
+        runs.finish(process)
+        found = complete(workdir)
+        print(f"kill {kill + 1}: complete {found}, left {temporary(workdir)}", lines_of(workdir))
+        for step in found:
+            runs.same_arrays(runs.arrays(workdir, step), runs.arrays(folder / "long", step))
+            checked += 1
+    assert during >= KILLS // 4, during
+    status, output = runs.run(args("kills", **settings))
+    assert status == 0, output
+    assert not temporary(workdir)
+    runs.same_arrays(runs.arrays(workdir, KILL_STEPS), runs.arrays(folder / "long", KILL_STEPS))
+    assert runs.numbers(workdir) == runs.numbers(folder / "long")
+    print(f"{KILLS} kills, {during} during a save; {checked} checkpoints compared bitwise")
+
+
+def temporary(workdir):
+    """What is being written or deleted, or was left so."""
+    folder = workdir / "checkpoints"
+    if not folder.exists():
+        return []
+    names = [path.name for path in folder.iterdir() if path.name != ".lock"]
+    return sorted(name for name in names if not name.isdigit())

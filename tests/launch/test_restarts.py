@@ -55,9 +55,9 @@ NEXT = "'s=$(head -n 1 statuses); sed -i 1d statuses; exit $s'"
 
 @pytest.mark.parametrize(
     "statuses,status,left",
-    [([0, 9], 0, 1), ([75, 75, 0, 9], 0, 1), ([75, 3, 9], 3, 1), ([75] * 9, 75, 4)],
+    [([0, 9], 0, 1), ([75, 137, 0, 9], 0, 1), ([75, 3, 9], 3, 1), ([75] * 9, 75, 4)],
 )
-def test_only_75_starts_it_again(tmp_path, statuses, status, left):
+def test_only_75_and_a_kill_start_it_again(tmp_path, statuses, status, left):
     assert RESTART_EXIT_CODE == 75
     (tmp_path / "statuses").write_text("".join(f"{s}\n" for s in statuses))
     result = run(tmp_path, "bash", "-c", LOOP + NEXT)

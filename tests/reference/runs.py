@@ -1,15 +1,19 @@
 """Whole training runs at the smallest size: data, command line, comparison of what they wrote."""
 
+import contextlib
+import functools
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
-from st4vla_jax.checkpoint import iter_params
 from st4vla_jax.metrics import is_wall_clock, read_metrics
 from st4vla_jax.tabletop.dataset import write_dataset
 
@@ -17,10 +21,11 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 SMALL = {
     "steps": STEPS, "save_every": 2, "log.every": 1, "evaluation.every": 0,
-    "evaluation.diagnostics": 0, "loss.repeats": 1, "data.schedule.robot_samples": 4,
-    "data.schedule.grounding_samples": 4, "data.schedule.tokens": 384, "data.schedule.views": 1,
-    "data.schedule.window": 4, "data.image.size": "(56,56)", "data.image.max_pixels": 3136,
-    "data.sets.tabletop.views": "('primary',)", "optim.warmup": 2, "log.tensorboard": False,
+    "evaluation.diagnostics": 0, "loss.repeats": 1, "data.schedule.robot_samples": 2,
+    "data.schedule.grounding_samples": 2, "data.schedule.tokens": 256, "data.schedule.views": 1,
+    "data.schedule.window": 4, "data.schedule.multiple": 4, "data.image.size": "(56,56)",
+    "data.image.max_pixels": 3136, "data.sets.tabletop.views": "('primary',)", "optim.warmup": 2,
+    "log.tensorboard": False,
 }  # fmt: skip
 
 
@@ -54,11 +59,11 @@ def environment(devices: int = 1) -> dict[str, str]:
     }  # fmt: skip
 
 
-def start(args: list[str], devices: int = 1) -> subprocess.Popen:
-    """The real command in a process of its own."""
+def start(args: list[str], devices: int = 1, **more) -> subprocess.Popen:
+    """The real command in a process of its own; ``more`` goes to Popen."""
     return subprocess.Popen(
         [sys.executable, "-m", "st4vla_jax.train", *args], cwd=ROOT, env=environment(devices),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more,
     )  # fmt: skip
 
 
@@ -73,8 +78,67 @@ def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str]:
     return process.returncode, output
 
 
-def run(args: list[str], devices: int = 1) -> tuple[int, str]:
-    return finish(start(args, devices))
+def run(args: list[str], devices: int = 1, **more) -> tuple[int, str]:
+    return finish(start(args, devices, **more))
+
+
+def wait_until(condition, processes, timeout: float = 300) -> None:
+    """Until ``condition()``, while all processes run; fails with the output of one that ended."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        for process in processes:
+            assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline, "timeout"
+        time.sleep(0.01)
+
+
+def joining(number: int, count: int, port: int) -> list[str]:
+    """Flags of process ``number`` of a run of ``count``."""
+    return [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={number}"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def together(args: list[str], count: int, devices: int, own: dict[int, list[str]] | None = None):
+    """The command in ``count`` processes; ``own``: more flags of some.  Killed at the end."""
+    port = free_port()
+    processes = [
+        start([*args, *joining(i, count, port), *(own or {}).get(i, ())], devices)
+        for i in range(count)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@functools.cache
+def place(base: Path):
+    """(folder, (name, extra flags, settings) -> arguments) with data and a compile cache.
+
+    Cached by pytest's folder of this session: both files of whole runs share them.
+    """
+    folder = base / "runs"
+    data = make_data(folder / "data")
+    return folder, lambda name, *extra, **settings: arguments(
+        data, folder / name, folder / "cache", *extra, **settings
+    )
+
+
+@functools.cache
+def whole(base: Path) -> tuple[Path, str]:
+    """Workdir and output of the uninterrupted run that others are compared with."""
+    folder, args = place(base)
+    status, output = run(args("whole", save_every=1, **{"checkpoint.keep_last": 9}))
+    assert status == 0, output
+    return folder / "whole", output
 
 
 def steps_of(workdir: Path) -> list[str]:
@@ -82,19 +146,20 @@ def steps_of(workdir: Path) -> list[str]:
 
 
 def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Everything a checkpoint holds, by path."""
-    import orbax.checkpoint as ocp
-
+    """All arrays of a checkpoint, by item and path."""
     folder = workdir / "checkpoints" / f"{step:08d}"
-    found = {f"params/{path}": value for path, value in iter_params(folder)}
-    handler = ocp.PyTreeCheckpointHandler()
-    tree = handler.metadata(folder / "opt_state").tree
-    args = jax.tree.map(
-        lambda _: ocp.RestoreArgs(np.ndarray), tree, is_leaf=lambda x: hasattr(x, "shape")
-    )
-    restored = handler.restore(folder / "opt_state", args=ocp.args.PyTreeRestore(restore_args=args))
-    for keys, value in jax.tree_util.tree_leaves_with_path(restored):
-        found["opt_state/" + jax.tree_util.keystr(keys)] = np.asarray(value)
+    handler, found = ocp.PyTreeCheckpointHandler(), {}
+    for item in ("params", "opt_state", "ema"):
+        if not (folder / item).is_dir():
+            continue
+        tree = handler.metadata(folder / item).tree
+        args = jax.tree.map(
+            lambda _: ocp.RestoreArgs(np.ndarray), tree, is_leaf=lambda x: hasattr(x, "shape")
+        )
+        restored = handler.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=args))
+        for keys, value in jax.tree_util.tree_leaves_with_path(restored):
+            path = "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
+            found[f"{item}/{path}"] = np.asarray(value)
     return found
 
 
