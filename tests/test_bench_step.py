@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from convert_weights.rules import tensors_to_torch
-from convert_weights.st4vla import policy_rules
 from st4vla_jax import (
     bench_jobs,
     bench_mixture,
@@ -22,9 +20,9 @@ from st4vla_jax import (
 from st4vla_jax.bench_mixture import Mixture
 from st4vla_jax.models.st4vla import ST4VLA, Denominators
 from st4vla_jax.sharding import unbox
-from st4vla_jax.state import leaves_by_path
 from tests.reference.mixture import measured
 from tests.reference.policy import random_params, tiny_config, tiny_policy
+from tests.reference.torch_update import torch_policy
 
 SCALE = 0.3
 REPEATS = 2
@@ -39,21 +37,6 @@ def test_lengths_are_those_of_the_real_mixture(shared, tmp_path):
 @pytest.fixture(scope="module")
 def samples():
     return Mixture(tiny_config(), scale=SCALE).draw(3, 2)
-
-
-def torch_policy(cfg, params):
-    """The baseline with our parameters."""
-    policy = bench_torch_policy.Policy(cfg).eval()
-    leaves = dict(leaves_by_path(params))
-    state = {
-        key: torch.from_numpy(np.array(value))
-        for rule in policy_rules(cfg)
-        for key, value in tensors_to_torch(rule, np.asarray(leaves[rule.jax]))
-    }
-    loaded = policy.load_state_dict(state, strict=False)
-    assert loaded.missing_keys == ["qwen_vl_interface.model.lm_head.weight"]  # tied
-    assert not loaded.unexpected_keys
-    return policy
 
 
 @pytest.fixture(scope="module")
