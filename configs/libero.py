@@ -19,6 +19,8 @@ def get_config(suite: str = "goal") -> ConfigDict:
     config.steps = 30_000
     config.model.action = ConfigDict({"chunk": 8})
     config.data.schedule.update({"robot_samples": 128, "grounding_samples": 32, "views": 2})
-    for name in ("dino", "bridge"):
-        config.optim.groups[name].update({"lr": 2.5e-5, "min_ratio": 0.04})
+    for name, group in config.optim.groups.items():
+        group.min_ratio = 0.04
+        if name in ("dino", "bridge"):
+            group.lr = 2.5e-5
     return config

@@ -75,6 +75,11 @@ class Rules:
         for name, value in axes.items():
             self.mesh_axes(name)
             table[name] = (value,) if isinstance(value, str) else tuple(value or ())
+            if unknown := [axis for axis in table[name] if axis not in MESH_AXES]:
+                raise ShardingError(
+                    f"rule {name!r}: {', '.join(map(repr, unknown))} is no mesh axis (there are "
+                    f"{', '.join(MESH_AXES)})"
+                )
         return Rules(tuple(table.items()))
 
     def mesh_axes(self, name: str | None) -> tuple[str, ...]:

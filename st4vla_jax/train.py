@@ -22,7 +22,12 @@ from ml_collections import config_flags
 from st4vla_jax import distributed
 from st4vla_jax.checkpoint import CheckpointError, git_revision
 from st4vla_jax.config import ConfigError
+from st4vla_jax.data.members import ScheduleError
 from st4vla_jax.data.reading import ReadError
+from st4vla_jax.data.settings import SettingsError
+from st4vla_jax.data.source_files import SourceError
+from st4vla_jax.eval.actions import HeldOutError
+from st4vla_jax.eval.pss import ProbeError
 from st4vla_jax.replay import replay
 from st4vla_jax.resume import flat_record
 from st4vla_jax.train_config import TrainConfig
@@ -36,7 +41,9 @@ _DATA_CHANGE = flags.DEFINE_bool("allow_data_change", False, "go on with other d
 _RESTART = flags.DEFINE_bool("restart_optimizer", False, "go on with a new optimizer")
 _OVERFIT = flags.DEFINE_bool("overfit_one_batch", False, "train on the first batch alone")
 _PROFILE = flags.DEFINE_string("profile", None, "steps to trace, FIRST:LAST")
-_REPLAY = flags.DEFINE_integer("replay", None, "rebuild and run this step only; writes no state")
+_REPLAY = flags.DEFINE_integer(
+    "replay", None, "rebuild and run the update after this step; writes no state", lower_bound=0
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "processes of this run")
 _PROCESS = flags.DEFINE_integer("process_id", None, "number of this process")
@@ -47,6 +54,11 @@ ERRORS = (
     ReadError,
     TrainingError,
     RecompilationError,
+    HeldOutError,
+    ScheduleError,
+    SettingsError,
+    SourceError,
+    ProbeError,
     distributed.DistributedError,
 )
 
@@ -70,6 +82,10 @@ def _train() -> int:
     profile = _profile(_PROFILE.value)
     stop = distributed.Preemption()
     config = TrainConfig.from_dict(_CONFIG.value)
+    if "://" in _WORKDIR.value:
+        raise ConfigError(
+            f"--workdir={_WORKDIR.value} is no folder: mount the bucket and give its path"
+        )
     workdir = Path(_WORKDIR.value).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
     distributed.check_shared_folder(workdir)
@@ -98,6 +114,7 @@ def agree(setup: Setup) -> None:
         "code": git_revision() or "unknown",
         "data": setup.pipeline.fingerprint,
         "step": str(setup.resume_step),
+        "flags": f"{setup.flags} replay={_REPLAY.value} profile={_PROFILE.value}",
         "mesh": str(dict(setup.mesh.shape)),
         "jax": jax.__version__,
     })  # fmt: skip

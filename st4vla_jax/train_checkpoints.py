@@ -113,6 +113,7 @@ class TrainCheckpoints:
         self._meta = dataclasses.replace(meta, git_revision=git_revision())
         self._primary = jax.process_index() == 0
         self._writing: int | None = None
+        self._complete = set(complete_steps(self.folder))
         files = _contents(files) if self._primary else {}
         self._lock = _locked(self.folder) if self._primary else None
         self._handler = _StepHandler(files)
@@ -135,16 +136,17 @@ class TrainCheckpoints:
 
         Raises:
           CheckpointError: this save or the one before it failed; the checkpoints from before are
-            as they were.  Or the metrics lack the best_metric.
+            as they were.
         """
         self.wait()
         step, best = int(state.step), self._settings.best_metric
         if metrics is not None and best and best not in metrics:
-            raise CheckpointError(
-                f"checkpoint settings: best_metric {best!r} is none of the metrics of the "
-                f"evaluation: {', '.join(sorted(metrics)) or 'there are none'}"
-            )
-        if step in complete_steps(self.folder):
+            _LOG.warning(
+                "checkpoint.best_metric %r is none of the metrics of the evaluation (%s): no best "
+                "checkpoint is kept", best, ", ".join(sorted(metrics)) or "there are none",
+            )  # fmt: skip
+        # Not by a look at the folder: on a network disk processes may see it at different times.
+        if step in self._complete:
             _LOG.info("step %d is saved already", step)
             return
         self._handler.started = time.monotonic()
@@ -179,6 +181,7 @@ class TrainCheckpoints:
         with self._explained():
             self._checkpointer.wait_until_finished()
         if self._writing is not None:
+            self._complete.add(self._writing)
             self._writing = None
             if self._primary:
                 sync(self.folder)  # the new name is on disk before an old one goes

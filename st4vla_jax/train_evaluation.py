@@ -21,10 +21,18 @@ class Evaluation:
     """What is measured on fixed batches, beside the training step; compiles at its first use."""
 
     def __init__(self, setup: Setup, say: Callable[[str], None]) -> None:
-        """Only remembers; batches are read at the first use."""
+        """Reads the batches, so that what does not fit is told before the first step.
+
+        Raises:
+          HeldOutError, ProbeError: batches or a model that cannot be scored.
+          ScheduleError, SettingsError: the held-out part of the data cannot be read.
+        """
         self._setup, self._say = setup, say
-        self._scores: dict[str, HeldOut] = {}  # by the area that their metrics get
-        self._diagnostics: Diagnostics | None = None
+        config = setup.config.evaluation
+        scored = config.every or setup.flags.overfit_one_batch
+        # By the area that their metrics get.
+        self._scores: dict[str, HeldOut] = self._open() if scored else {}
+        self._diagnostics = Diagnostics(setup) if config.diagnostics else None
 
     def due(self, step: int) -> bool:
         """Whether anything is measured after ``step`` updates."""
@@ -41,7 +49,6 @@ class Evaluation:
         """Metrics of a state: eval/*, fit/* (training batches), eval_ema/*, and `Diagnostics`'."""
         metrics = {}
         if self.scores_due(step):
-            self._scores = self._scores or self._open()
             for area, scores in self._scores.items():
                 found = scores(state.all_params, self._setup.to_device)
                 metrics |= {name.replace("eval", area, 1): v for name, v in found.items()}
@@ -50,8 +57,6 @@ class Evaluation:
                 found = self._scores["eval"](averaged, self._setup.to_device)
                 metrics |= {name.replace("eval", "eval_ema", 1): v for name, v in found.items()}
         if self._diagnostics_due(step):
-            if self._diagnostics is None:
-                self._diagnostics = Diagnostics(self._setup)
             metrics |= self._diagnostics(state)
         return metrics
 

@@ -11,12 +11,14 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from st4vla_jax.batch import Batch
 from st4vla_jax.data.batch_picture import batch_picture
@@ -67,8 +69,11 @@ class Run:
             setup.workdir, process_index=index, first_step=first,
             wandb=wandb if log.wandb else None, tensorboard=log.tensorboard,
         )  # fmt: skip
-        self.progress = Progress(first, config.steps)
-        self.say: Callable[[str], None] = self.progress.line if index == 0 else _silent
+        # Other processes say nothing: a pod's log would hold every line once a host.
+        sink = None if index == 0 else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        self.progress = Progress(first, config.steps, stream=sink)
+        self.say: Callable[[str], None] = self.progress.line
+        self._tracing = False
         self._compiled: CompiledStep | None = None
         self._timer: StepTimer | None = None
         self._pending: tuple[int, Any] | None = None
@@ -90,6 +95,7 @@ class Run:
             stack.callback(setup.checkpoints.close)
             stack.callback(self.writer.close)
             stack.callback(self.progress.close)
+            stack.callback(self._stop_trace)
             stack.enter_context(jax.set_mesh(setup.mesh))
             stack.callback(self.stop.close)
             with self.goodput.losing("startup"):
@@ -123,6 +129,8 @@ class Run:
             self._count(batch)
             self._finish_pending()
             self._pending = step, metrics
+            if self.profile and step == self.profile[1]:
+                self._stop_trace()
             step += 1
             self.setup.checkpoints.check()
             self.progress.advance(step)
@@ -157,12 +165,7 @@ class Run:
         """Compiles the step and shows the batch that it is compiled for."""
         setup = self.setup
         if jax.process_index() == 0:
-            encoder = setup.pipeline.data_sets[0].encoders[0]
-            names = [spec.names for spec in encoder.embodiments.values()]
-            picture = batch_picture(
-                batch, encoder.tokenizer, groups=setup.groups, action_names=names
-            )
-            path = self.writer.image(step, "first_batch", picture)
+            path = self.writer.image(step, "first_batch", picture_of(setup, batch))
             self.say(f"first batch: {path}")
         self.say("compiling the train step ...")
         with self.goodput.losing("compile"):
@@ -241,14 +244,26 @@ class Run:
     @contextlib.contextmanager
     def _traced(self, step: int) -> Iterator[None]:
         """Traces the steps of ``profile`` into WORKDIR/profile; each step carries its number."""
-        if self.profile and step == self.profile[0]:
+        if self.profile and self.profile[0] <= step <= self.profile[1] and not self._tracing:
             jax.profiler.start_trace(str(self.setup.workdir / TRACE_FOLDER))
+            self._tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
-        if self.profile and step == self.profile[1]:
+
+    def _stop_trace(self) -> None:
+        """Ends a trace that has begun; the last step of a run may come first."""
+        if self._tracing:
+            self._tracing = False
             self._finish_pending()
             jax.profiler.stop_trace()
-            self.say(f"trace of steps {self.profile}: {self.setup.workdir / TRACE_FOLDER}")
+            self.say(f"trace: {self.setup.workdir / TRACE_FOLDER}")
+
+
+def picture_of(setup: Setup, batch: Batch) -> Image.Image:
+    """What the model gets, put together again from a packed batch of numpy."""
+    encoder = setup.pipeline.data_sets[0].encoders[0]
+    names = [spec.names for spec in encoder.embodiments.values()]
+    return batch_picture(batch, encoder.tokenizer, groups=setup.groups, action_names=names)
 
 
 def sample_ids(setup: Setup, step: int) -> list[list[dict[str, Any]]]:
@@ -265,7 +280,3 @@ def sample_ids(setup: Setup, step: int) -> list[list[dict[str, Any]]]:
 
 def _sizes(tree: Any) -> dict[str, int]:
     return {path: int(np.prod(leaf.shape)) for path, leaf in leaves_by_path(tree)}
-
-
-def _silent(text: str) -> None:
-    """Processes other than the first say nothing."""

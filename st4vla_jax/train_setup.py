@@ -26,7 +26,7 @@ from st4vla_jax.checkpoint import (
     Meta,
     read_meta,
 )
-from st4vla_jax.config import ConfigError
+from st4vla_jax.config import ConfigError, ModelConfig
 from st4vla_jax.data.pipeline import Pipeline
 from st4vla_jax.data.settings import DataSettings, open_pipeline
 from st4vla_jax.data.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ from st4vla_jax.optim import Optimizer, coverage_problems
 from st4vla_jax.resume import FINGERPRINT, TRAINABLE, compare_runs, find_checkpoint, init_problems
 from st4vla_jax.sharding import make_mesh, param_shardings, unbox
 from st4vla_jax.state import Params, TrainState, leaves_by_path, split
-from st4vla_jax.train_checkpoints import TrainCheckpoints
+from st4vla_jax.train_checkpoints import FOLDER, TrainCheckpoints, complete_steps
 from st4vla_jax.train_config import PARTS, TrainConfig
 from st4vla_jax.train_step import StepConfig, init_train_state
 
@@ -74,6 +74,7 @@ class Setup:
       init: fresh parameters in `Axes` boxes, from a key.
       sources: checkpoint folder of each part that is not fresh.
       record: what a checkpoint says about the run, see `resume.compare_runs`.
+      resume_step: to go on from, or None; restart: with a new optimizer.
     """
 
     config: TrainConfig
@@ -89,6 +90,7 @@ class Setup:
     checkpoints: TrainCheckpoints
     record: dict[str, Any]
     resume_step: int | None
+    restart: bool = False
 
     @property
     def step_config(self) -> StepConfig:
@@ -120,19 +122,20 @@ def prepare(config: TrainConfig, workdir: Path | str, flags: RunFlags = RunFlags
     abstract = mesh and not problems and attempt(
         problems, lambda: abstract_state(boxed, optimizer, mesh, config)
     )  # fmt: skip
-    sources = {part: path for part in PARTS if (path := config.init.source(part))}
-    folders, base = _sources(config, sources, abstract, problems)
+    folders, base = _sources(config, workdir, abstract, problems)
     settings = _data_settings(config, base)
-    pipeline = mesh and attempt(problems, lambda: _open(settings, mesh, config))
+    # Without a mesh the data are opened all the same: what is wrong with them is told too.
+    layout = mesh or make_mesh(devices=jax.devices()[:1])
+    pipeline = attempt(problems, lambda: _open(settings, layout, config))
     if pipeline:
         problems += _tokenizer_problems(pipeline, config)
     if problems:
         raise ConfigError("this run cannot start:\n  " + "\n  ".join(problems))
     record = run_record(config, pipeline, abstract, flags)
     checkpoints = TrainCheckpoints(
-        workdir, config.checkpoint, _meta(config, pipeline, base), _files(pipeline, base)
+        workdir, config.checkpoint, _meta(config, pipeline, base), _files(config, pipeline, base)
     )
-    step = checkpoints.latest()
+    step, restart = checkpoints.latest(), False
     if step is not None:
         try:
             before = checkpoints.run_record(step)
@@ -142,13 +145,19 @@ def prepare(config: TrainConfig, workdir: Path | str, flags: RunFlags = RunFlags
                 optimizer=OPTIMIZER_KEYS, allow_data_change=flags.allow_data_change,
                 restart_optimizer=flags.restart_optimizer,
             )  # fmt: skip
+            restart = flags.restart_optimizer and _optimizer_of(before) != _optimizer_of(record)
         except CheckpointError:
             checkpoints.close()
             raise
     return Setup(
         config, workdir, flags, mesh, model, optimizer, abstract, init, folders, pipeline,
-        checkpoints, record, step,
+        checkpoints, record, step, restart,
     )  # fmt: skip
+
+
+def _optimizer_of(record: Mapping[str, Any]) -> list[Any]:
+    """What moments belong to: where it is the same, --restart_optimizer has nothing to do."""
+    return [record["config"]["optim"], record["config"]["lora"], record["ema"], record[TRAINABLE]]
 
 
 def described(
@@ -239,16 +248,21 @@ def run_record(
 
 
 def _sources(
-    config: TrainConfig,
-    sources: Mapping[str, str],
-    abstract: TrainState | None,
-    problems: list[str],
+    config: TrainConfig, workdir: Path, abstract: TrainState | None, problems: list[str]
 ) -> tuple[dict[str, Path], Path | None]:
-    """Checkpoint folder of each part that is not fresh, and the one whose meta files are kept."""
+    """Checkpoint folder of each part that is not fresh, and the one whose meta files are kept.
+
+    A run that goes on needs nothing of what it once started from.
+    """
+    if steps := complete_steps(workdir / FOLDER):
+        return {}, workdir / FOLDER / f"{steps[-1]:08d}"
+    sources = {part: path for part in PARTS if (path := config.init.source(part))}
     folders, stored = {}, {}
     for path in dict.fromkeys(sources.values()):
-        if folder := attempt(problems, lambda path=path: find_checkpoint(path)):
-            stored[path] = folder, read_meta(folder).model
+        folder = attempt(problems, lambda path=path: find_checkpoint(path))
+        meta = folder and attempt(problems, lambda folder=folder: read_meta(folder))
+        if meta:
+            stored[path] = folder, meta.model
     for part, path in sources.items():
         if path not in stored:
             continue
@@ -256,6 +270,7 @@ def _sources(
         has = part == "vlm" or model.has_action
         if has and part in _parts(config):
             folders[part] = folder
+            problems += _other_sizes(part, folder, model, config.model)
         elif getattr(config.init, part):
             problems.append(f"init.{part}: {folder} or this model has no {part}")
     if abstract:
@@ -263,6 +278,23 @@ def _sources(
             parts = [part for part, own in folders.items() if own == folder]
             problems += init_problems(folder, abstract.all_params, parts, ADAPTERS)
     return folders, folders.get("vlm")
+
+
+def _other_sizes(part: str, folder: Path, stored: ModelConfig, own: ModelConfig) -> list[str]:
+    """Fields of the architecture that differ; parameters' shapes do not show all of them."""
+    sections = {"vlm": ("vision", "text"), "dino": ("dino",)}.get(part, ())
+    pairs = [
+        (f"{name}.{field.name}", getattr(getattr(stored, name), field.name),
+         getattr(getattr(own, name), field.name))
+        for name in sections
+        for field in dataclasses.fields(getattr(own, name))
+        if field.name != "image_size"
+    ]  # fmt: skip
+    return [
+        f"init.{part}: {folder} has {name} {there}, this model {here}"
+        for name, there, here in pairs
+        if there != here
+    ]
 
 
 ADAPTERS = (f".*/({LORA_A}|{LORA_B})",)
@@ -333,7 +365,7 @@ def _meta(config: TrainConfig, pipeline: Pipeline, base: Path | None) -> Meta:
     )
 
 
-def _files(pipeline: Pipeline, base: Path | None) -> dict[str, bytes | Path]:
+def _files(config: TrainConfig, pipeline: Pipeline, base: Path | None) -> dict[str, bytes | Path]:
     """Files below a checkpoint's meta/: tokenizer, statistics, what the VLM came with."""
     encoder = pipeline.data_sets[0].encoders[0]
     files: dict[str, bytes | Path] = {
@@ -341,7 +373,9 @@ def _files(pipeline: Pipeline, base: Path | None) -> dict[str, bytes | Path]:
     }
     if base:
         kept = [path for path in (base / "meta").rglob("*") if path.is_file()]
-        wanted = ("tokenizer/", HF_CONFIG, PASSTHROUGH)
+        # The tokenizer that encodes is the one that is kept, whatever the VLM came with.
+        own = () if config.data.tokenizer else ("tokenizer/",)
+        wanted = (*own, HF_CONFIG, PASSTHROUGH)
         names = {path: path.relative_to(base / "meta").as_posix() for path in kept}
         files |= {name: path for path, name in names.items() if name.startswith(wanted)}
     if encoder.statistics is not None:

@@ -38,7 +38,7 @@ def first_state(setup: Setup, say: Say) -> TrainState:
     Raises:
       CheckpointError: what was found at `prepare` cannot be read any more.
     """
-    if setup.resume_step is not None and not setup.flags.restart_optimizer:
+    if setup.resume_step is not None and not setup.restart:
         state = setup.checkpoints.restore(setup.resume_step, setup.abstract)
         say(f"resumed at step {setup.resume_step} from {setup.checkpoints.folder}")
         before = setup.checkpoints.run_record(setup.resume_step)["config"]["steps"]

@@ -151,7 +151,7 @@ def _accumulated(grad_fn, params, batch, draws, accumulation: int, rules: Rules)
 
 def _microbatches(x: jax.Array, count: int, rules: Rules) -> jax.Array:
     """[B,...] -> [count,B/count,...]."""
-    x = jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
+    x = jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # its layout follows the other leaves'
         return x
     return constrain(x, rules, None, "batch", *(None,) * (x.ndim - 2))
