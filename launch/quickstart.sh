@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # From nothing to a trained, evaluated and exported policy on a laptop: bash launch/quickstart.sh
 #   --smoke    a few updates a stage only, as CI runs it
-#   OUT=DIR    folder of everything that it makes (default runs/quickstart)
+#   OUT=DIR    folder of everything that it makes (default runs/quickstart, runs/quickstart_smoke)
 #   VENV=DIR   virtual environment to make or reuse (default .venv)
 #   PYTHON=EXE interpreter to make it with (default python3; 3.11 or newer)
 # Run again, it goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-out=${OUT:-runs/quickstart}
+out=${OUT:-runs/quickstart${1:+_smoke}}
 episodes=400 grounding=2000 stage1=300 stage2=300 test_records=64 test_episodes=20
 if [[ ${1:-} == --smoke ]]; then
     episodes=24 grounding=96 stage1=4 stage2=4 test_records=8 test_episodes=2
