@@ -186,7 +186,9 @@ def test_a_step_without_its_marker_is_never_picked(checkpoints, caplog):
     for step in (1, 2, 3):
         saver.save(state(step), RUN)
     saver.wait()
+    saver.close()
     (saver.folder / "00000003" / train_checkpoints.RUN).unlink()
+    saver = checkpoints()
     assert saver.latest() == 2
     assert "00000003: ignored, it is not complete (lacks meta/train.json)" in caplog.text
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
