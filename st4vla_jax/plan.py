@@ -20,16 +20,19 @@ import logging
 import math
 import os
 import sys
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from st4vla_jax.chips import GIB, Slice, TopologyError, parse_slice, slice_devices
+from st4vla_jax.chips import TopologyError, parse_slice, slice_devices
 from st4vla_jax.config import ConfigError
-from st4vla_jax.plan_setup import LANES, Plan, make_plan, parse_mesh
-from st4vla_jax.plan_table import Table, memory_table
+from st4vla_jax.plan_advice import advice
+from st4vla_jax.plan_compile import CompileError, OutOfMemoryError, compile_plan, launch_flags
+from st4vla_jax.plan_report import compiled_lines, compiled_report, report, table_lines
+from st4vla_jax.plan_setup import make_plan, parse_mesh
+from st4vla_jax.plan_table import memory_table
 from st4vla_jax.train_config import TrainConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file", lock_config=True)
@@ -37,6 +40,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "slice, as v5p:4x4x4, v5p-128 
 _MESH = flags.DEFINE_string("mesh", None, "DATA,FSDP,TENSOR in place of the config's mesh")
 _SLICES = flags.DEFINE_integer("slices", 1, "slices joined by the data-centre network")
 _COMPILE = flags.DEFINE_bool("compile", True, "with --topology: compile the step")
+_XLA = flags.DEFINE_multi_string("xla", [], "NAME=VALUE, an option of the TPU compiler")
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object")
 
 
@@ -45,10 +49,11 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     jax.config.update("jax_platforms", "cpu")  # planning must not take a machine's own devices
+    jax.config.update("jax_enable_compilation_cache", False)  # cannot be read back here
     logging.getLogger("st4vla_jax").setLevel(logging.ERROR)  # the table says what is padding
     try:
         return _plan()
-    except (ConfigError, TopologyError) as error:
+    except (ConfigError, TopologyError, CompileError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -61,11 +66,31 @@ def _plan() -> int:
     tpu = parse_slice(_TOPOLOGY.value, _SLICES.value) if _TOPOLOGY.value else None
     plan = make_plan(config, slice_devices(tpu) if tpu else _devices(config))
     table = memory_table(plan)
+    say = (lambda lines: None) if _JSON.value else (lambda lines: print(*lines, sep="\n"))
+    say(table_lines(plan, table, tpu))
+    compiled, refusal = None, ""
+    if tpu and _COMPILE.value:
+        try:
+            compiled = compile_plan(plan, tpu, launch_flags() | _options(_XLA.value))
+        except OutOfMemoryError as error:
+            refusal = str(error)
+    if compiled:
+        say(compiled_lines(plan, compiled))
+    elif refusal:
+        say(
+            [
+                "",
+                refusal,
+                "what would help, by the table:",
+                *map("  {}".format, advice(plan, table)),
+            ]
+        )
     if _JSON.value:
-        print(json.dumps(_object(plan, table, tpu), indent=2))
-    else:
-        print("\n".join(table_lines(plan, table, tpu)))
-    return 0
+        found = report(plan, table, tpu) | {"does_not_fit": refusal or None}
+        found["advice"] = list(map(str, advice(plan, table))) if refusal else []
+        found["compiled"] = compiled and compiled_report(plan, compiled)
+        print(json.dumps(found, indent=2))
+    return 1 if refusal else 0
 
 
 def _devices(config: TrainConfig) -> int:
@@ -74,39 +99,12 @@ def _devices(config: TrainConfig) -> int:
     return math.prod(size for size in sizes if size > 0)
 
 
-def table_lines(plan: Plan, table: Table, tpu: Slice | None) -> list[str]:
-    """The table for people."""
-    mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.shape.items())
-    where = f"{tpu.name}, {tpu.chips} chips" if tpu else f"{plan.mesh.size} device(s)"
-    lines = [f"{where}, mesh {mesh}", *table.notes, "", "a device, from shapes (GiB):"]
-    lines += [f"  {name:<42}{size / GIB:9.2f}" for name, size in table.rows.items()]
-    limit = f"of {tpu.chip.hbm_bytes / GIB:.2f}" if tpu else ""
-    lines.append(f"  {'about':<42}{table.total / GIB:9.2f} {limit}".rstrip())
-    lines.append(f"a checkpoint: {table.checkpoint / 1e9:.1f} GB")
-    if plan.narrow:
-        lines.append(f"slices under {LANES} lanes: {', '.join(plan.narrow)}")
-    return lines
-
-
-def _object(plan: Plan, table: Table, tpu: Slice | None) -> dict[str, Any]:
-    schedule = plan.planned.schedule
-    return {
-        "topology": tpu.name if tpu else None,
-        "slices": tpu.slices if tpu else None,
-        "mesh": dict(plan.mesh.shape),
-        "batch": {
-            "robot_samples": schedule.config.robot_samples,
-            "grounding_samples": schedule.config.grounding_samples,
-            "sequences": schedule.sequences,
-            "tokens": schedule.capacity.tokens,
-            "efficiency": schedule.efficiency,
-            "lengths": plan.planned.source,
-        },
-        "notes": list(table.notes),
-        "narrow_slices": list(plan.narrow),
-        "table_bytes": dict(table.rows),
-        "checkpoint_bytes": table.checkpoint,
-    }
+def _options(texts: Sequence[str]) -> dict[str, str]:
+    """Reads NAME=VALUE."""
+    bad = [text for text in texts if "=" not in text]
+    if bad:
+        raise ConfigError(f"--xla={bad[0]}: give NAME=VALUE")
+    return dict(text.removeprefix("--").split("=", 1) for text in texts)
 
 
 if __name__ == "__main__":
