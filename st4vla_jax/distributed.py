@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -40,6 +41,9 @@ _VARIABLES = {
     "num_processes": "JAX_NUM_PROCESSES",
     "process_id": "JAX_PROCESS_ID",
 }
+# What a collective says when the process at its other end is gone, as JaxRuntimeError or as
+# ValueError.  Not left to the heartbeat: a process that is back at once is never missed.
+_LOST_PEER = re.compile(r"\bGloo\b.* failed|remote process exited")  # CPU, NCCL
 _LOG = logging.getLogger(__name__)
 _rounds = itertools.count()
 # What abort() does belongs to the process: the C handler, kept from being collected, and its code.
@@ -149,7 +153,7 @@ def _end_on_abort() -> None:
 
     def end(_: int) -> None:
         if _abort["code"] == RESTART_EXIT_CODE:
-            os.write(2, b"another process of this run has died: this one ends, to be restarted\n")
+            _end_to_be_restarted()
         os._exit(_abort["code"])
 
     _abort["handler"] = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
@@ -157,6 +161,11 @@ def _end_on_abort() -> None:
 
 
 # --- End ----------------------------------------------------------------------------------------
+
+
+def _end_to_be_restarted() -> None:
+    os.write(2, b"another process of this run has died: this one ends, to be restarted\n")
+    os._exit(RESTART_EXIT_CODE)
 
 
 @contextlib.contextmanager
@@ -180,13 +189,16 @@ def ending_together(
         if alone or (isinstance(error, SystemExit) and error.code in codes):
             raise
         try:
-            if isinstance(error, expected):
+            lost_peer = _LOST_PEER.search(str(error))
+            if lost_peer or isinstance(error, expected):
                 print(f"error: {error}", file=sys.stderr)
             else:
                 traceback.print_exc()
             sys.stdout.flush()
             sys.stderr.flush()
-            if isinstance(error, jax.errors.JaxRuntimeError):
+            if lost_peer:
+                _end_to_be_restarted()
+            elif isinstance(error, jax.errors.JaxRuntimeError):
                 # A collective fails at once when another process dies; if that is what happened,
                 # the missed heartbeat ends this process meanwhile, with the code to restart.
                 time.sleep(heartbeat_s + 10)
