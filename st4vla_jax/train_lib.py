@@ -134,16 +134,16 @@ class Run:
             step += 1
             self.setup.checkpoints.check()
             self.progress.advance(step)
-            self._after(state, step, batch, metrics, evaluation)
+            self._after(state, step, metrics, evaluation)
         return 0
 
-    def _after(self, state, step: int, batch: Batch, metrics, evaluation: Evaluation) -> None:
+    def _after(self, state, step: int, metrics, evaluation: Evaluation) -> None:
         """What is due after ``step`` updates."""
         config = self.setup.config
         last = step == config.steps
         if last or step % config.log.every == 0:
             self._finish_pending()
-            self._log(step, batch, metrics)
+            self._log(step, metrics)
         scores = None
         if evaluation.due(step):
             with self.goodput.losing("evaluate"):
@@ -218,7 +218,7 @@ class Run:
             path.write_text(json.dumps(content, indent=1), encoding="utf-8")
         return path
 
-    def _log(self, step: int, batch: Batch, metrics) -> None:
+    def _log(self, step: int, metrics) -> None:
         setup = self.setup
         values = jax.device_get(metrics)
         groups = by_group(values, setup.groups)
@@ -228,7 +228,6 @@ class Run:
         scalars = {name: float(value) for name, value in values.items()} | groups | timing
         if share is not None:
             scalars["rate/mfu"] = share
-        scalars["data/packing"] = float(np.mean(batch.vlm.segment_ids > 0))
         scalars["data/bad_records"] = float(len(setup.pipeline.bad_records))
         self.goodput.heartbeat(step)
         self.writer.write(step, scalars | memory_metrics() | self.goodput.metrics())

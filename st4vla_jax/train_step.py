@@ -116,6 +116,7 @@ def make_train_step(
         metrics = _metrics(cfg, total, parts, norm, probes) | module_norms(squares)
         rates = optimizer.learning_rates(state.step)
         metrics |= {f"lr/{name}": rate for name, rate in rates.items()}
+        metrics["data/packing"] = jnp.mean(batch.vlm.segment_ids > 0)
         return new_state, metrics | {"train/skipped": new_state.skipped}
 
     return train_step
