@@ -58,6 +58,13 @@ def test_a_run_says_what_it_does_and_keeps_it(whole):
     )
 
 
+def test_it_is_compiled_once(whole):
+    """Counted in jax's own log of compilations (runs.environment asks for it)."""
+    before, _, after = whole[1].partition("step 2/6")
+    assert before.count("Compiling jit(train_step) ") == 1
+    assert "Compiling" not in after
+
+
 def test_a_step_of_it_acts(whole):
     policy = Policy.load(whole[0] / "checkpoints/00000006")
     image = np.random.default_rng(0).integers(0, 256, (56, 56, 3), np.uint8)

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def make_data(folder: Path) -> Path:
     return folder
 
 
-def arguments(data: Path, workdir: Path, cache: Path, *extra: str, **settings) -> list[str]:
+def arguments(
+    data: Path, workdir: Path, cache: Path, *extra: str, config="configs/tabletop.py", **settings
+) -> list[str]:
     """Command line of a small stage-2 run; settings by dotted name override `SMALL`."""
     paths = {
         "data.sets.tabletop.path": data / "tabletop/1.0.0",
@@ -45,7 +48,7 @@ def arguments(data: Path, workdir: Path, cache: Path, *extra: str, **settings) -
     }
     values = SMALL | paths | settings
     return [
-        "--config=configs/tabletop.py:stage2", f"--workdir={workdir}",
+        f"--config={config}:stage2", f"--workdir={workdir}",
         *(f"--config.{key}={value}" for key, value in values.items()), *extra,
     ]  # fmt: skip
 
@@ -55,27 +58,35 @@ def environment(devices: int = 1) -> dict[str, str]:
     flags += " --xla_llvm_disable_expensive_passes=true"
     return os.environ | {
         "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_LOG_COMPILES": "1",
     }  # fmt: skip
 
 
 def start(args: list[str], devices: int = 1, **more) -> subprocess.Popen:
-    """The real command in a process of its own; ``more`` goes to Popen."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "st4vla_jax.train", *args], cwd=ROOT, env=environment(devices),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more,
-    )  # fmt: skip
+    """The real command in a process of its own; ``more`` goes to Popen.
+
+    Output goes to a file: a pipe that nobody reads would stop the process.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".log", delete=False) as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "st4vla_jax.train", *args],
+            cwd=ROOT, env=environment(devices), stdout=out, stderr=out, **more,
+        )  # fmt: skip
+    process.log = Path(out.name)
+    return process
 
 
 def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str]:
     """(exit status, output)."""
     try:
-        output, _ = process.communicate(timeout=timeout)
+        status = process.wait(timeout)
     except subprocess.TimeoutExpired:
         process.kill()
-        output, _ = process.communicate()
-        raise AssertionError(f"no end within {timeout} s:\n{output}") from None
-    return process.returncode, output
+        process.wait()
+        raise AssertionError(f"no end within {timeout} s:\n{process.log.read_text()}") from None
+    output = process.log.read_text()
+    process.log.unlink()
+    return status, output
 
 
 def run(args: list[str], devices: int = 1, **more) -> tuple[int, str]:
