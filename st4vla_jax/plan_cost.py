@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -135,7 +136,7 @@ class _Model:
         out = product.shapes[0]
         if product.opcode == "dot":
             contract = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.attributes)[1]
-            return 2.0 * out.size * np.prod([left[int(i)] for i in contract.split(",") if i])
+            return 2.0 * out.size * math.prod(left[int(i)] for i in contract.split(",") if i)
         return _convolution_flops(product.attributes, left, right, out.dims)
 
     def _traffic(self, instruction: Instruction) -> float:
@@ -301,4 +302,4 @@ def _convolution_flops(
         taps *= int(inside.sum())
         spatial_out *= size_out
     inputs = right[right_labels.index("i")]
-    return 2.0 * np.prod(out, dtype=np.float64) / spatial_out * taps * inputs
+    return 2.0 * math.prod(out) / spatial_out * taps * inputs

@@ -1,0 +1,159 @@
+"""The reader of compiled programs: a literal program of the TPU compiler, closed forms, and real
+programs of eight CPU devices."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from st4vla_jax.chips import parse_slice
+from st4vla_jax.plan_cost import _convolution_flops, step_cost
+from st4vla_jax.plan_hlo import Instruction, groups_of, parse_hlo
+from st4vla_jax.sharding import make_mesh
+
+TPU = parse_slice("v5p:2x2x2")
+CHIP = TPU.chip
+DEVICES = [SimpleNamespace(coords=(i & 1, i >> 1 & 1, i >> 2)) for i in range(8)]
+
+# Shortened by hand from what libtpu 0.0.42 printed for a scan over weights sharded two ways.
+PROGRAM = (Path(__file__).parent / "golden" / "scan_v5p.hlo").read_text()
+
+
+@pytest.fixture(scope="module")
+def cost():
+    return step_cost(parse_hlo(PROGRAM), TPU, DEVICES)
+
+
+def test_loops_count_as_often_as_they_run(cost):
+    module = parse_hlo(PROGRAM)
+    assert module.runs == {"main.5_spmd": 1, "body.1": 36, "condition.1": 36}
+    assert cost.products == pytest.approx(36 * 2 * 512 * 1024 * 2048 / CHIP.peak_flops)
+
+
+def test_parts_of_one_collective_count_once(cost):
+    gather, scatter = sorted(cost.collectives, key=lambda c: c.kind)
+    whole = 1024 * 1024 * 2
+    assert (gather.kind, gather.runs, gather.bytes) == ("all-gather", 36, whole)
+    assert gather.asynchronous and gather.group == (0, 1)
+    assert (
+        gather.shapes == ("bf16[1024,1024]",)
+        and gather.origin == "jit(step)/while/body/dot_general"
+    )
+    assert (scatter.kind, scatter.runs, scatter.bytes) == ("reduce-scatter", 36, whole)
+    assert not scatter.asynchronous and scatter.exposed == scatter.seconds
+
+
+def test_work_between_start_and_done_hides_what_it_can(cost):
+    gather = next(c for c in cost.collectives if c.kind == "all-gather")
+    transfer = 1024 * 1024 * 2 / 2 / CHIP.link_bandwidth  # half of it comes, over the one link
+    product = 2 * 512 * 1024 * 2048 / CHIP.peak_flops
+    assert gather.seconds == pytest.approx(transfer)
+    assert gather.exposed == pytest.approx(transfer - product)
+
+
+def test_memory_traffic_that_nothing_hides(cost):
+    """The entry's negation; the loop's fusions have a collective's buffers among theirs."""
+    assert cost.exposed_hbm == pytest.approx(2 * 4 * 2097152 / CHIP.hbm_bandwidth, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "attribute,groups",
+    [
+        ("replica_groups={{0,1},{2,3}}", [(0, 1), (2, 3)]),
+        ("source_target_pairs={{0,1},{1,0}}", [(0, 1), (1, 0)]),
+        ("replica_groups=[2,4]<=[8]", [(0, 1, 2, 3), (4, 5, 6, 7)]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [(0, 4), (1, 5), (2, 6), (3, 7)]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [(0, 1, 2, 3), (4, 5, 6, 7)]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", [tuple(range(8))]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [(0, 4), (1, 5), (2, 6), (3, 7)]),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}",
+         [(0, 1), (2, 3), (4, 5), (6, 7)]),
+        ("channel_id=3", [tuple(range(8))]),
+    ],
+)  # fmt: skip
+def test_groups(attribute, groups):
+    assert groups_of(Instruction("x", "all-reduce", (), (), attribute), 8) == groups
+
+
+def brute_force_taps(size_in, size_out, window, stride=1, low=0, dilate=1):
+    return sum(
+        0 <= (p := o * stride + k - low) <= (size_in - 1) * dilate and p % dilate == 0
+        for o in range(size_out)
+        for k in range(window)
+    )
+
+
+@pytest.mark.parametrize(
+    "attributes,left,right,out,want",
+    [
+        ("dim_labels=bf_io->bf", (512, 1024), (1024, 256), (512, 256), 2 * 512 * 1024 * 256),
+        ("dim_labels=fb_io->bf", (64, 32), (64, 16), (32, 16), 2 * 64 * 32 * 16),
+        # An axis of a kernel [N,D] that is summed over as a window: [B,N,H] x [N,H,D].
+        ("window={size=16}, dim_labels=b0f_0io->b0f", (8, 16, 4), (16, 4, 32), (8, 1, 32),
+         2 * 8 * 16 * 4 * 32),
+        # A batch axis, kept apart by stride and dilation: 16 products of [64,8] x [8,64].
+        ("window={size=16 stride=15 pad=0_0 lhs_dilate=16}, dim_labels=0bf_0io->0bf",
+         (16, 64, 8), (16, 8, 64), (16, 64, 64), 2 * 16 * 64 * 8 * 64),
+    ],
+)  # fmt: skip
+def test_products_by_convolution(attributes, left, right, out, want):
+    assert _convolution_flops(attributes, left, right, out) == want
+
+
+def test_padded_windows():
+    got = _convolution_flops(
+        "window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f", (2, 10, 4), (3, 4, 5), (2, 10, 5)
+    )
+    assert got == 2 * 2 * 5 * 4 * brute_force_taps(10, 10, 3, low=1)
+
+
+def compiled_scan(mesh, layers=5):
+    def loss(weights, x):
+        def layer(x, w):
+            return jnp.tanh(x @ w), None
+
+        return jnp.sum(jax.lax.scan(layer, x, weights)[0])
+
+    def array(shape, *spec):
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    args = (array((layers, 64, 64), None, "fsdp"), array((32, 64), ("data", "fsdp")))
+    with jax.set_mesh(mesh):
+        return jax.jit(loss).lower(*args).compile().as_text()
+
+
+def test_a_real_program_gathers_each_layers_weights():
+    """Eight CPU devices; the sum over the batch is one all-reduce of a number."""
+    module = parse_hlo(compiled_scan(make_mesh(2, 4, 1)))
+    found = step_cost(module, TPU, DEVICES).collectives
+    gathers = [c for c in found if c.kind == "all-gather" and c.runs == 5]
+    assert [c.bytes for c in gathers] == [64 * 64 * 4]
+    assert gathers[0].group == (0, 1, 2, 3)
+    assert {c.bytes for c in found if c.kind == "all-reduce"} <= {4.0}
+    assert any(c.kind == "all-reduce" for c in found)
+
+
+def test_links_of_a_group():
+    """Two axes of a 2x2x2 are lines of one link each; a whole ring has two ways round."""
+    program = PROGRAM.replace("{{0,1},{2,3},{4,5},{6,7}}", "{{0,1,2,3},{4,5,6,7}}")
+    scatter = next(
+        c for c in step_cost(parse_hlo(program), TPU, DEVICES).collectives if c.kind[0] == "r"
+    )
+    assert scatter.seconds == pytest.approx(1024 * 1024 * 2 * 3 / 4 / (2 * CHIP.link_bandwidth))
+    ring = parse_slice("v5p:4x4x4")
+    devices = [SimpleNamespace(coords=c) for c in np.ndindex(4, 4, 4)]
+    program = PROGRAM.replace("{{0,1},{2,3},{4,5},{6,7}}", "[16,4]<=[64]")
+    scatter = next(
+        c for c in step_cost(parse_hlo(program), ring, devices).collectives if c.kind[0] == "r"
+    )
+    assert scatter.seconds == pytest.approx(1024 * 1024 * 2 * 3 / 4 / (2 * CHIP.link_bandwidth))
+
+
+def test_text_that_is_no_program():
+    with pytest.raises(ValueError, match="no entry computation"):
+        parse_hlo("error")
