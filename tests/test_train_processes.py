@@ -34,42 +34,42 @@ def logged(workdir):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def assert_same_first_step(workdir, whole):
-    """Losses, gradients (the first moment is a tenth of them) and moments after one update."""
-    got, want = (runs.numbers(folder)[0] for folder in (workdir, whole))
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
-    got, want = (runs.arrays(folder, 1) for folder in (workdir, whole))
-    assert got.keys() == want.keys()
-    moments = [path for path in want if "/mu/" in path or "/nu/" in path]
-    assert len(moments) > 150
-    for path in moments:
-        if not path.endswith(ZERO_GRADIENT):
-            scale = np.abs(want[path]).max()
-            np.testing.assert_allclose(
-                got[path], want[path], rtol=0, atol=1e-5 * scale, err_msg=path
-            )
+# Step 1: what the text loss reaches, since the DiT's last layer starts at zero.  Step 3: all.
+CHECKED = {1: 60, 3: 160}
 
 
-def assert_same_losses(workdir, whole):
-    """AdamW divides rounding by itself where gradients are small: later losses part slowly."""
+def assert_same_run(workdir, whole):
+    """Losses and norms of every step; moments, of which the first holds the gradients."""
     got, want = (runs.numbers(folder) for folder in (workdir, whole))
     assert [line["step"] for line in got] == [line["step"] for line in want]
     for mine, other in zip(got, want, strict=True):
-        for name in ("loss/total", "loss/action", "loss/text"):
-            np.testing.assert_allclose(mine[name], other[name], rtol=2e-4, err_msg=str(mine))
+        assert mine.keys() == other.keys()
+        for name, value in other.items():
+            where = f"{name} of step {other['step']}"
+            np.testing.assert_allclose(mine[name], value, rtol=1e-5, err_msg=where)
+    for step, least in CHECKED.items():
+        got, want = (runs.arrays(folder, step) for folder in (workdir, whole))
+        assert got.keys() == want.keys()
+        moments = [path for path in want if "/mu/" in path or "/nu/" in path]
+        assert len([path for path in moments if want[path].any()]) > least
+        for path in moments:
+            if not path.endswith(ZERO_GRADIENT):
+                scale = np.abs(want[path]).max()
+                np.testing.assert_allclose(
+                    got[path], want[path], rtol=0, atol=1e-5 * scale, err_msg=f"{path} of {step}"
+                )
 
 
 def stopped(args, workdir, count, devices):
     """Trains in ``count`` processes until SIGTERM to the last one; the step that was saved."""
     with runs.together(args, count, devices) as processes:
-        runs.wait_until(lambda: logged(workdir) >= 2, processes, timeout=900)
+        runs.wait_until(lambda: logged(workdir) >= max(CHECKED), processes, timeout=900)
         processes[-1].send_signal(signal.SIGTERM)
         ends = [runs.finish(process, 120) for process in processes]
     assert [status for status, _ in ends] == [75] * count, ends
     (step,) = re.findall(r"stopped by a signal, saved at step (\d+)", ends[0][1])
-    assert complete_steps(workdir / "checkpoints")[-1] == int(step) < runs.STEPS
+    assert complete_steps(workdir / "checkpoints")[-1] == int(step) >= max(CHECKED)
+    assert int(step) < runs.STEPS
     return int(step), ends[0][1]
 
 
@@ -86,8 +86,7 @@ def test_two_processes_then_one(place, whole):
     step, output = stopped(args("two", **SAVE_ALL), folder / "two", 2, 2)
     assert "4 cpu, mesh data 1 x fsdp 4 x tensor 1, 2 process(es)" in output
     resumed(args("two", **SAVE_ALL), step)
-    assert_same_first_step(folder / "two", whole)
-    assert_same_losses(folder / "two", whole)
+    assert_same_run(folder / "two", whole)
 
 
 def test_a_process_with_another_config_is_named(place):
@@ -116,13 +115,12 @@ def test_four_processes_then_fewer(mesh, left, place, whole):
     step, output = stopped(args(name, **SAVE_ALL, **sizes), folder / name, 4, 1)
     assert "mesh data {} x fsdp {} x tensor {}, 4 process(es)".format(*mesh) in output
     resumed(args(name, **SAVE_ALL), step, left)
-    assert_same_first_step(folder / name, whole)
-    assert_same_losses(folder / name, whole)
+    assert_same_run(folder / name, whole)
 
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_all_start_again(place, tmp_path):
-    """Two loops of launch/run_forever.sh; process 1 is killed once in the middle of the run."""
+    """A loop of launch/run_forever.sh for each of two; process 1 is killed in the middle."""
     folder, args = place
     settings = SAVE_ALL | {"steps": 12, "checkpoint.keep_last": 12}
     with runs.together(args("two_whole", **settings), 2, 1) as processes:
