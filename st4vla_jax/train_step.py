@@ -75,7 +75,7 @@ class _Parts:
 def make_train_step(
     model: ST4VLA, optimizer: Optimizer, cfg: StepConfig
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The update to compile (donate the state); see `metric_names` for what the metrics are."""
+    """The update to compile (donate the state); metrics are named as README.md says."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         draws = model.draw(update_key(cfg.seed, state.step), batch, cfg.repeats)
