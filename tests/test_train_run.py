@@ -85,9 +85,9 @@ def interrupted(place, whole):
     assert killed_at < 5
     shutil.copytree(workdir, folder / "changed")
 
-    later = args("interrupted", save_every=1000)
+    later, started = args("interrupted", save_every=1000), time.time()
     process = runs.start(later)
-    runs.wait_until(lambda: lines_of(workdir) > killed_at, [process])
+    runs.wait_until(lambda: lines_of(workdir, started) > killed_at, [process])
     process.terminate()
     status, output = runs.finish(process)
     assert status == 75 and f"resumed at step {killed_at} " in output, output
