@@ -1,9 +1,9 @@
 """One attention function for every module, and the choice of the kernel that computes it.
 
-XLA everywhere; cuDNN's flash attention on GPUs (attention_cudnn.py) and splash attention on TPUs
-(attention_splash.py) where a module passes its runtime's kernel and the shapes allow.  DINOv2, the
-Q-Former and the DiT leave it at XLA: their sequences have 80 to 500 keys, and the Q-Former's
-dropout acts on the weights, which no kernel shows.
+XLA everywhere (attention_xla.py); cuDNN's flash attention on GPUs (attention_cudnn.py) and splash
+attention on TPUs (attention_splash.py) where a module passes its runtime's kernel and the shapes
+allow.  DINOv2, the Q-Former and the DiT leave it at XLA: their sequences have 80 to 500 keys, and
+the Q-Former's dropout acts on the weights, which no kernel shows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from st4vla_jax.models import attention_cudnn, attention_splash
+from st4vla_jax.models import attention_cudnn, attention_splash, attention_xla
 from st4vla_jax.runtime import ATTENTION_KERNELS
 from st4vla_jax.sharding import Rules
 
@@ -81,7 +81,16 @@ def attention(
             return attention_splash.attend(q, k, v, segments, causal, interpret)
 
         return _on_mesh(attend, rules, q, k, v, (q_segments,))
-    return _xla(q, k, v, q_segments, kv_segments, causal, q_offset, query_chunk, weights_fn)
+    packed = q_segments is not None and q_segments is kv_segments
+    if plain and packed and platform() == "cpu" and attention_xla.has_windows(q.shape[-3]):
+
+        def attend(q, k, v, segments):
+            return attention_xla.attend_windows(q, k, v, segments, causal, query_chunk)
+
+        return _on_mesh(attend, rules, q, k, v, (q_segments,))
+    return attention_xla.attend(
+        q, k, v, q_segments, kv_segments, causal, q_offset, query_chunk, weights_fn
+    )
 
 
 def kernel_for(
@@ -194,54 +203,3 @@ def _on_mesh(
     specs = (spec(head_axes), spec(kv_axes), spec(kv_axes), *rows)
     mapped = jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)
     return mapped(q, k, v, *per_row)
-
-
-def _xla(q, k, v, q_segments, kv_segments, causal, q_offset, query_chunk, weights_fn):
-    length = q.shape[-3]
-    if not query_chunk or length <= query_chunk:
-        return _dense(q, k, v, q_segments, kv_segments, causal, q_offset, weights_fn)
-    if weights_fn is not None:
-        raise ValueError("weights_fn and query_chunk cannot be combined")
-    pad = -length % query_chunk
-    chunks = (length + pad) // query_chunk
-
-    def split(x, axis):
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, pad)
-        x = jnp.pad(x, widths)
-        axis %= x.ndim
-        shape = (*x.shape[:axis], chunks, query_chunk, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x.reshape(shape), axis, 0)
-
-    @jax.checkpoint
-    def one(args):
-        i, qc, sc = args
-        return _dense(qc, k, v, sc, kv_segments, causal, q_offset + i * query_chunk, None)
-
-    segments = None if q_segments is None else split(q_segments, -1)
-    out = jax.lax.map(one, (jnp.arange(chunks), split(q, -3), segments))
-    out = jnp.moveaxis(out, 0, -4)
-    return out.reshape(*q.shape[:-3], length + pad, *q.shape[-2:])[..., :length, :, :]
-
-
-def _dense(q, k, v, q_segments, kv_segments, causal, q_offset, weights_fn):
-    *lead, q_len, heads, dim = q.shape
-    kv_len, groups = k.shape[-3:-1]
-    q = q.reshape(*lead, q_len, groups, heads // groups, dim)
-    # [...,G,Tq,N/G,Tk] is the order in which the matmul leaves them: no transpose of the scores.
-    scores = jnp.einsum("...qgnh,...kgh->...gqnk", q, k, preferred_element_type=jnp.float32)
-    scores = scores * dim**-0.5
-    mask = None
-    if q_segments is not None:
-        mask = q_segments[..., :, None] == kv_segments[..., None, :]
-    if causal:
-        order = jnp.arange(kv_len)[None, :] <= jnp.arange(q_len)[:, None] + q_offset
-        mask = order if mask is None else mask & order
-    if mask is not None:
-        mask = mask[..., None, :, None, :]
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1)
-    if weights_fn is not None:
-        weights = weights_fn(weights)
-    out = jnp.einsum("...gqnk,...kgh->...qgnh", weights.astype(v.dtype), v)
-    return out.reshape(*lead, q_len, heads, dim)
