@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from st4vla_jax.config import ConfigError, ModelConfig
@@ -21,12 +20,11 @@ from st4vla_jax.data.shards import ShardState
 from st4vla_jax.data.source_files import file_stamps
 from st4vla_jax.data.tfds_folder import ALL_SPLITS, read_folder
 from st4vla_jax.doctor import Finding, Findings, folder, look
-from st4vla_jax.models.st4vla import ST4VLA
-from st4vla_jax.optim import Optimizer, coverage_problems
 from st4vla_jax.resume import find_checkpoint
 from st4vla_jax.sharding import unbox
 from st4vla_jax.state import leaves_by_path, split
 from st4vla_jax.train_config import PARTS, TrainConfig
+from st4vla_jax.train_setup import described
 
 
 def examine(config: TrainConfig, workdir: Path | None) -> Findings:
@@ -53,17 +51,16 @@ def examine(config: TrainConfig, workdir: Path | None) -> Findings:
 
 
 def parameters(config: TrainConfig) -> tuple[int, int]:
-    """Numbers of trained and of frozen parameters, without LoRA's.
+    """Numbers of trained and of frozen parameters, adapters included.
 
     Raises:
       ConfigError: groups that do not cover them, every parameter by name.
     """
-    model = ST4VLA(config.model, config.runtime)
-    params = unbox(jax.eval_shape(model.init, jax.random.key(0)))
-    paths = [path for path, _ in leaves_by_path(params)]
-    if problems := coverage_problems(paths, config.optim.groups):
+    problems: list[str] = []
+    _, optimizer, _, boxed = described(config, problems)
+    if problems:
         raise ConfigError("\n          ".join(problems))
-    trees = split(params, Optimizer(config.optim, config.steps).is_trainable)
+    trees = split(unbox(boxed), optimizer.is_trainable)
     trained, frozen = (
         sum(math.prod(leaf.shape) for _, leaf in leaves_by_path(tree)) for tree in trees
     )
