@@ -51,6 +51,7 @@ class Compiled:
     """What the compiler and the program say.
 
     Attributes:
+      tensor: size of that mesh axis; samples: of an update; steps: of the run.
       peak: bytes of HBM at most, on each chip.
       program_flops, model_flops: of a step on all chips, as traced, and as valid tokens need.
       cost: of a step on one chip.
@@ -62,6 +63,7 @@ class Compiled:
     """
 
     tpu: Slice
+    tensor: int
     samples: int
     steps: int
     peak: float
@@ -147,6 +149,7 @@ def compile_plan(plan: Plan, tpu: Slice, options: Mapping[str, str]) -> Compiled
     cost = step_cost(module, tpu, list(plan.mesh.devices.flat))
     return Compiled(
         tpu=tpu,
+        tensor=plan.mesh.shape["tensor"],
         samples=plan.samples,
         steps=config.steps,
         peak=float(compiled.memory_analysis().peak_memory_in_bytes),

@@ -175,17 +175,22 @@ class _Model:
         schedule = self._module.computations[name]
         spans: dict[str, list[int]] = {}
         example: dict[str, Instruction] = {}
+        begun = set()
         for number, instruction in enumerate(schedule):
+            # In these a collective goes on that began before, perhaps outside of this loop.
+            goes_on = any(c.startswith("async_collective_fusion") for c in instruction.called())
             for inner in self._module.inside(instruction):
                 if inner.opcode.removesuffix("-start") in COLLECTIVES:
                     spans.setdefault(inner.channel, []).append(number)
                     example.setdefault(inner.channel, inner)
+                    begun.update(() if goes_on else (inner.channel,))
             if instruction.opcode.endswith("-done"):
                 start = self._by_name[instruction.operands[0]]
                 if start.channel in spans:
                     spans[start.channel].append(number)
         left = [self._duration(i) for i in schedule]
-        for channel, numbers in spans.items():
+        for channel in [channel for channel in spans if channel in begun]:
+            numbers = spans[channel]
             first, last = min(numbers), max(numbers)
             yield self._collective(example[channel], schedule, first, last, left, runs)
 

@@ -11,6 +11,7 @@ from st4vla_jax.plan_table import Table
 
 _GB = 1e9
 _MANY = 1.1  # times the least that must move
+_SHOWN = 6  # collectives
 
 
 def table_lines(plan: Plan, table: Table, tpu: Slice | None) -> list[str]:
@@ -58,6 +59,13 @@ def compiled_lines(plan: Plan, compiled: Compiled) -> list[str]:
         f"each of {compiled.tpu.hosts} hosts must read {compiled.samples_per_host:.1f} samples/s; "
         f"{compiled.steps} steps take {compiled.days:.1f} days, at this bound",
     ]
+    exposed = sorted(cost.collectives, key=lambda c: -c.runs * c.exposed)
+    lines += ["", "exposed most:"]
+    lines += [
+        f"  {1e3 * c.runs * c.exposed:6.1f} ms  {c.runs} x {c.kind} of {', '.join(c.shapes)[:60]}, "
+        f"{len(c.group)} chips: {c.origin[-70:]}"
+        for c in exposed[:_SHOWN]
+    ]
     return lines + [f"warning: {text}" for text in warnings(compiled)]
 
 
@@ -79,6 +87,15 @@ def warnings(compiled: Compiled) -> list[str]:
     gathered = traffic.get("all-gather", (0, 0, 0.0))[2]
     if gathered > _MANY * least and least:
         found.append(f"all-gathers move {gathered / least:.2f} times what they must")
+    reduced, must = (
+        traffic.get("all-reduce", (0, 0, 0.0))[2],
+        compiled.minimum.get("all-reduce", 0.0),
+    )
+    if compiled.tensor == 1 and reduced > _MANY * must:
+        found.append(
+            f"all-reduces move {(reduced - must) / _GB:.2f} GB more than they must: gradients that "
+            "could be scattered"
+        )
     if least and gathered < least / 2:
         found.append(
             "most all-gathers of weights became something else (all-reduce): use a smaller fsdp"

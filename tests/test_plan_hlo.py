@@ -47,6 +47,14 @@ def test_parts_of_one_collective_count_once(cost):
     assert not scatter.asynchronous and scatter.exposed == scatter.seconds
 
 
+def test_a_collective_that_goes_on_in_a_loop_is_counted_where_it_began():
+    """Steps of an all-gather that began outside of the loop run in each of its rounds."""
+    head, step, rest = PROGRAM.partition("%async_collective_fusion.61 (p.2")
+    program = head + step + rest.replace("channel_id=12", "channel_id=77", 1)
+    found = step_cost(parse_hlo(program), TPU, DEVICES).collectives
+    assert sorted(c.kind for c in found) == ["all-gather", "reduce-scatter"]
+
+
 def test_work_between_start_and_done_hides_what_it_can(cost):
     gather = next(c for c in cost.collectives if c.kind == "all-gather")
     transfer = 1024 * 1024 * 2 / 2 / CHIP.link_bandwidth  # half of it comes, over the one link

@@ -1,0 +1,234 @@
+"""The train step compiled ahead of time for a TPU slice, and the arithmetic about it."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from configs import stage2_action
+from configs.common import tiny
+from st4vla_jax import plan_compile, plan_report
+from st4vla_jax.chips import TopologyError, parse_slice, slice_devices
+from st4vla_jax.plan_advice import advice
+from st4vla_jax.plan_compile import (
+    CompileError,
+    OutOfMemoryError,
+    compile_plan,
+    launch_flags,
+    masked_scores,
+    minimum_traffic,
+)
+from st4vla_jax.plan_cost import Collective, Cost
+from st4vla_jax.plan_setup import make_plan
+from st4vla_jax.plan_table import memory_table
+from st4vla_jax.train_config import MeshSettings, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+WIDTH = 256
+
+
+def config(mesh, depth=2):
+    """A tiny run whose VLM is wide enough to be sliced in 128 lanes."""
+    tree = tiny(stage2_action.get_config())
+    tree.runtime.update({"compute": "bfloat16", "remat": "full"})
+    built = TrainConfig.from_dict(tree)
+    model = built.model
+    vision = dataclasses.replace(
+        model.vision, depth=depth, hidden_size=WIDTH, fullatt_block_indexes=(depth - 1,),
+        out_hidden_size=WIDTH,
+    )  # fmt: skip
+    text = dataclasses.replace(model.text, hidden_size=WIDTH, num_hidden_layers=depth)
+    bridge = dataclasses.replace(model.bridge, start_layer=depth, end_layer=depth + 1)
+    model = dataclasses.replace(model, vision=vision, text=text, bridge=bridge).check()
+    return dataclasses.replace(built, model=model, mesh=MeshSettings(*mesh, {}))
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    tpu = parse_slice("v5p:2x2x1")
+    try:
+        devices = slice_devices(tpu)
+    except TopologyError as error:
+        pytest.skip(str(error))
+    plan = make_plan(config((2, 2, 1)), devices)
+    # Mosaic has no bf16 matmul at conftest's "highest" precision.
+    with jax.default_matmul_precision("default"):
+        return plan, compile_plan(plan, tpu, launch_flags())
+
+
+@pytest.mark.aot
+def test_the_train_step_compiles_and_moves_what_it_must(compiled):
+    plan, found = compiled
+    traffic, least = found.traffic(), found.minimum
+    assert least["all-gather"] <= traffic["all-gather"][2] <= 1.2 * least["all-gather"]
+    assert found.of_activations == () and found.rematerialised == 0
+    assert not any("activations" in text for text in plan_report.warnings(found))
+    table = memory_table(plan)
+    assert 0.5 * table.total < found.peak < 2 * table.total
+    assert found.peak < found.tpu.chip.hbm_bytes
+    assert 0 < found.model_flops < found.program_flops
+    assert 0 < found.bound < 1
+    lines = "\n".join(plan_report.compiled_lines(plan, found))
+    assert "peak HBM of a chip" in lines and "all-gather" in lines
+    json.dumps(plan_report.compiled_report(plan, found))
+
+
+@pytest.mark.aot
+def test_an_option_that_the_compiler_lacks_is_named(compiled):
+    plan, _ = compiled
+    tpu = parse_slice("v5p:2x2x1")
+    with (
+        jax.default_matmul_precision("default"),
+        pytest.raises(CompileError, match="no option 'xla_tpu_no_such'"),
+    ):
+        compile_plan(plan, tpu, {"xla_tpu_no_such": "true"})
+
+
+MEMORY = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.
+Used 19.36G of 15.75G hbm. Exceeded hbm capacity by 3.61G."""
+
+
+@pytest.mark.parametrize(
+    "error,kind,message",
+    [
+        (MEMORY, OutOfMemoryError, r"needs 19\.36 GiB, a v5e chip has 15\.75 GiB"),
+        ("RESOURCE_EXHAUSTED: HLO temporaries (19.36G) exceeds available HBM (15.75G)",
+         OutOfMemoryError, r"needs 19\.36 GiB"),
+        ("INVALID_ARGUMENT: No such compile option: 'xla_tpu_x'", CompileError, "'xla_tpu_x'"),
+        ("INTERNAL: Mosaic failed", CompileError, "refuses this step: INTERNAL: Mosaic failed"),
+    ],
+)  # fmt: skip
+def test_what_the_compiler_refuses(error, kind, message):
+    found = plan_compile._refused(error, parse_slice("v5e:8x8"))
+    assert type(found) is kind
+    with pytest.raises(kind, match=message):
+        raise found
+
+
+def test_the_least_that_must_move():
+    """Sharded weights twice a microbatch, their gradients once; replicated gradients once."""
+    plan = make_plan(dataclasses.replace(config((2, 2, 1)), accumulation=2), 4)
+    sizes = {
+        jax.tree_util.keystr(path): x.size
+        for path, x in jax.tree_util.tree_leaves_with_path(plan.state.params)
+    }
+    whole = {p: n for p, n in sizes.items() if "['vlm']" in p and "bias" not in p.split("'")[-2]}
+    rest = sum(sizes.values()) - sum(whole.values())
+    found = minimum_traffic(plan)
+    assert found["all-gather"] == pytest.approx(2 * 2 * 2 * sum(whole.values()), rel=0.01)
+    assert found["reduce-scatter"] == pytest.approx(2 * sum(whole.values()), rel=0.01)
+    assert found["all-reduce"] == pytest.approx(2 * (sum(whole.values()) / 2 + rest), rel=0.01)
+    assert minimum_traffic(make_plan(config((1, 1, 1)), 1)) == {}
+
+
+def test_masked_scores_by_counting():
+    plan = make_plan(config((1, 1, 1)), 1)
+    vlm = plan.planned.batch.vlm
+    wanted = total = 0
+    for row in vlm.segment_ids:
+        seen = (row[:, None] == row) & (row > 0)[:, None] & (row.size > 0)
+        below = row.size * (row.size + 1) // 2
+        wanted += int((seen & (jax.numpy.tri(row.size) > 0)).sum())
+        total += below
+    assert masked_scores(plan)["text"] == pytest.approx(1 - wanted / total)
+    pairs = sum(int(((r[:, None] == r) & (r > 0)[:, None]).sum()) for r in vlm.patch_image)
+    slots = vlm.patch_image.size * vlm.patch_image.shape[1]
+    assert masked_scores(plan)["vision"] == pytest.approx(1 - pairs / slots)
+
+
+def test_launch_flags_are_the_launchers():
+    script = '. launch/env.sh; printf "%s\\n" "${ST4VLA_TPU_FLAGS[@]}"'
+    lines = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
+    ).stdout.split()
+    assert [f"--{name}={value}" for name, value in launch_flags().items()] == lines
+
+
+def collective(kind, size, exposed=0.0, dims=((8,),)):
+    return Collective(kind, 3, size, (0, 1), ("x",), dims, "path", exposed < 1e-3, 1e-3, exposed)
+
+
+def step(*collectives, **changes):
+    fields = {
+        "tpu": parse_slice("v5p:2x2x1"), "tensor": 1, "samples": 320, "steps": 100, "peak": 1e9,
+        "program_flops": 4 * 459e12 * 0.3, "model_flops": 4 * 459e12 * 0.2,
+        "cost": Cost(0.1, 0.05, tuple(collectives)),
+        "minimum": {"all-gather": 3e9, "all-reduce": 1e9}, "of_activations": (),
+        "rematerialised": 0, "seconds": 1.0, "host_bytes": 1e9,
+    }  # fmt: skip
+    return plan_compile.Compiled(**fields | changes)
+
+
+def test_arithmetic_of_a_step():
+    """0.3 s of products, of which 0.2 s are useful; 0.05 s of HBM and 3 x 1 ms exposed."""
+    found = step(collective("all-gather", 1e9), collective("all-reduce", 1e8, 1e-3))
+    assert found.step_s == pytest.approx(0.3 + 0.05 + 0.003)
+    assert found.bound == pytest.approx(0.2 / 0.353)
+    assert found.samples_per_host == pytest.approx(320 / 0.353)
+    assert found.days == pytest.approx(100 * 0.353 / 86400)
+    assert found.traffic() == {"all-gather": (3, 3, 3e9), "all-reduce": (3, 0, 3e8)}
+    assert plan_report.limit(found) == "recomputation, padding and masked scores"
+    assert plan_report.warnings(found) == []
+
+
+def test_warnings():
+    many = step(collective("all-gather", 2e9), collective("all-reduce", 1e9))
+    assert [text.split(" ")[:3] for text in plan_report.warnings(many)] == [
+        ["all-gathers", "move", "2.00"], ["all-reduces", "move", "2.00"],
+    ]  # fmt: skip
+    lost = step(collective("all-gather", 4e8))
+    assert "became something else" in plan_report.warnings(lost)[0]
+    moved = collective("all-gather", 1e9)
+    found = step(moved, peak=96 * 2**30, of_activations=(moved,), rematerialised=2)
+    assert len(plan_report.warnings(found)) == 3
+
+
+def test_activations_are_told_from_weights():
+    plan = make_plan(config((1, 1, 1)), 1)
+    tokens, slots = plan.planned.schedule.capacity.tokens, plan.planned.schedule.capacity.slots
+    text = plan.config.model.text
+    weight = (1, WIDTH, text.intermediate_size)
+    for dims in ((4, tokens, WIDTH), (tokens, WIDTH), (4, slots, WIDTH), (4, slots // 4, WIDTH)):
+        assert plan_compile._is_activation(collective("all-gather", 1, dims=(weight, dims)), plan)
+    assert not plan_compile._is_activation(collective("all-gather", 1, dims=(weight,)), plan)
+
+
+def test_advice_is_ranked_by_what_it_saves():
+    plan = make_plan(config((4, 1, 1)), 4)
+    table = memory_table(plan)
+    found = advice(plan, table)
+    assert [a.saved for a in found] == sorted((a.saved for a in found), reverse=True)
+    changes = [a.change for a in found]
+    assert "--mesh=2,2,1" in changes and "--config.optim.mu_dtype=bfloat16" in changes
+    assert not any("remat" in c for c in changes)  # it is full already
+    state = sum(table.rows[n] for n in ("parameters", "moments", "gradients"))
+    assert dict(zip(changes, found, strict=True))["--mesh=2,2,1"].saved == state / 2
+
+
+def run_plan(*arguments):
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-m", "st4vla_jax.plan", *arguments], cwd=ROOT, env=env,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_command_line_without_a_topology():
+    done = run_plan("--config=configs/tabletop.py:stage2", "--mesh=2,1,1", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1}
+    assert found["topology"] is None and found["compiled"] is None
+    assert found["batch"]["sequences"] % 2 == 0
+    assert found["table_bytes"]["moments"] == pytest.approx(2 * found["table_bytes"]["parameters"])
+
+
+def test_command_line_says_what_is_wrong():
+    done = run_plan("--config=configs/tabletop.py:stage2", "--topology=v5p:9x9x9")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: topology 'v5p:9x9x9' does not exist")
