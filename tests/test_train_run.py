@@ -124,13 +124,31 @@ def test_changes_are_refused_by_key(place, whole):
 
 
 def test_a_changed_mixture_goes_on_when_told(place, interrupted):
+    """With the old optimizer: --restart_optimizer has nothing to do where its settings are."""
     folder, args = place
     extra = ("--allow_data_change", "--restart_optimizer")
     status, output = runs.run(args("changed", *extra, **{"data.schedule.seed": 7}))
-    assert status == 0 and "with a new optimizer" in output, output
+    assert status == 0 and "resumed at step" in output, output
     run = runs.record(folder / "changed", runs.STEPS)["run"]
     assert run["config"]["data"]["schedule"]["seed"] == 7
     assert runs.numbers(folder / "changed")[-1] != runs.numbers(interrupted)[-1]
+
+
+@pytest.mark.slow
+def test_a_changed_optimizer_starts_anew_when_told(place, whole):
+    folder, args = place
+    workdir = folder / "restarted"
+    shutil.copytree(whole[0], workdir)
+    changed = {"optim.b1": 0.8, "steps": runs.STEPS + 1}
+    status, output = runs.run(args("restarted", "--restart_optimizer", **changed))
+    assert status == 0 and f"step {runs.STEPS} of this workdir, with a new optimizer" in output
+    # One update from zero moments: the first is a fifth of the clipped gradient.
+    found = runs.arrays(workdir, runs.STEPS + 1)
+    assert found["opt_state/step"] == runs.STEPS + 1
+    first = [value for path, value in found.items() if "/mu/" in path]
+    norm = np.sqrt(sum(np.sum(np.square(np.float64(value))) for value in first))
+    clipped = min(runs.numbers(workdir)[-1]["grad/norm"], 1.0)
+    np.testing.assert_allclose(norm, 0.2 * clipped, rtol=1e-4)
 
 
 def test_replay_repeats_a_step_exactly(place, interrupted):
