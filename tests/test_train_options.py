@@ -143,7 +143,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(place, whole):
 def test_profile_writes_a_trace(place, whole):
     folder, args = place
     status, output = runs.run(args("traced", "--profile=2:3"))
-    assert status == 0 and "trace of steps (2, 3)" in output, output
+    assert status == 0 and "trace: " in output, output
     assert list((folder / "traced/profile").rglob("*.xplane.pb"))
     runs.same_arrays(runs.arrays(folder / "traced", runs.STEPS), runs.arrays(whole, runs.STEPS))
 
