@@ -35,6 +35,7 @@ from st4vla_jax.sharding import Rules
 RESTART_EXIT_CODE = 75  # EX_TEMPFAIL: a launcher runs the same command again
 HEARTBEAT_S = 20  # a process not heard of for so long is dead; jax's own default is 100
 _AGREEMENT_S = 300  # processes of one job start at different times
+_COMPILE_S = 3600  # one may find its program in the cache while another compiles it
 _LINGER_S = 5
 _VARIABLES = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
@@ -260,6 +261,16 @@ def check_agreement(values: Mapping[str, str], timeout_s: int = _AGREEMENT_S) ->
     problems = _differences(_gather(dict(values), timeout_s))
     if problems:
         raise DistributedError("\n  ".join(["the processes of this run differ:", *problems]))
+
+
+def wait_for_all(timeout_s: int = _COMPILE_S) -> None:
+    """Returns when every process is here: on CPUs a collective fails after 30 s of waiting.
+
+    Raises:
+      DistributedError: names the processes that did not come in time.
+    """
+    if jax.process_count() > 1:
+        _gather(None, timeout_s)
 
 
 def _gather(values: Any, timeout_s: int = _AGREEMENT_S) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from st4vla_jax.batch import Batch
+from st4vla_jax.distributed import wait_for_all
 from st4vla_jax.optim import group_table
 from st4vla_jax.resume import init_from
 from st4vla_jax.sharding import unbox
@@ -156,7 +157,9 @@ def compile_step(setup: Setup, batch: Batch) -> CompiledStep:
     lowered = trace_step(step, setup.abstract, expected).lower()
     lowering = time.perf_counter() - start
     compiled = lowered.compile()
-    return CompiledStep(compiled, expected, lowering, time.perf_counter() - start - lowering)
+    seconds = time.perf_counter() - start - lowering
+    wait_for_all()
+    return CompiledStep(compiled, expected, lowering, seconds)
 
 
 def trace_step(step: TrainStep, state: TrainState, batch: Batch) -> jax.stages.Traced:
