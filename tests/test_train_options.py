@@ -151,7 +151,8 @@ def test_profile_writes_a_trace(place, whole):
 def test_one_batch_is_learned(place):
     folder, args = place
     settings = {
-        "steps": 60, "save_every": 60, "log.every": 10, "optim.warmup": 5, "log.wandb": "project",
+        "steps": 60, "save_every": 60, "log.every": 10, "optim.warmup": 5,
+        "optim.groups.vlm.lr": 2e-3, "log.wandb": "project",
         "log.wandb_mode": "offline", "evaluation.samples": 2,
     }  # fmt: skip
     status, output = runs.run(args("one", "--overfit_one_batch", **settings))
