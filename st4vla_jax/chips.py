@@ -69,7 +69,7 @@ GIB = 2**30
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", 31.75 * GIB, 1.228e12, 4.5e10, 6.25e9, 4, 4, 2, ("v4",), _CUBES),
+        Chip("v4", "TPU v4", 30.75 * GIB, 1.228e12, 4.5e10, 6.25e9, 4, 4, 2, ("v4",), _CUBES),
         Chip(
             "v5e", "TPU v5 lite", 15.75 * GIB, 8.19e11, 4.5e10, 3.125e9, 4, 16, 1,
             ("v5e", "v5litepod"), _FLAT,

@@ -1,11 +1,15 @@
 """Names of slices, and what is said where there is none."""
 
 import math
+import re
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from st4vla_jax import chips
-from st4vla_jax.chips import CHIPS, TopologyError, marketing_name, parse_slice, slice_devices
+from st4vla_jax.chips import CHIPS, GIB, TopologyError, marketing_name, parse_slice, slice_devices
 
 
 @pytest.mark.parametrize(
@@ -81,3 +85,14 @@ def test_the_compiler_knows_every_chip(name):
     hosts = {d.process_index for d in devices}
     assert len(hosts) == tpu.hosts
     assert len({tuple(d.coords) for d in devices}) == math.prod(tpu.shape)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", CHIPS)
+def test_memory_is_what_the_compiler_allows(name):
+    device = slice_devices(parse_slice(f"{name}:{CHIPS[name].shapes[0]}"))[0]
+    huge = jax.ShapeDtypeStruct((100, 2**28), jnp.float32, sharding=SingleDeviceSharding(device))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as error:
+        jax.jit(lambda x: x + 1).lower(huge).compile()
+    allowed = re.search(r"available HBM \(([\d.]+)G\)", str(error.value))[1]
+    assert CHIPS[name].hbm_bytes == float(allowed) * GIB
