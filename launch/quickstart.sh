@@ -62,7 +62,7 @@ run "$python" -m st4vla_jax.evaluate --checkpoint "$checkpoint" --out "$out/eval
 
 say "5 of 6: export to PyTorch"
 run "$python" -m convert_weights.to_torch --checkpoint "$checkpoint" --out "$out/exported" \
-    --format both --allow-custom-sizes --overwrite
+    --format both --safetensors --allow-custom-sizes --overwrite
 
 say "6 of 6: one action chunk"
 "$python" - "$out/snapshot" <<'PYTHON'

@@ -50,7 +50,8 @@ def test_command_can_be_run(page, words):
             if name == "config" and "NAME" not in path and path != "...":
                 assert (ROOT / path).is_file(), word
             continue
-        flag = {f'"--{name}"', f'"{name}"', f"'--{name}'"}
+        names = {name, name.removeprefix("no")}  # absl's booleans
+        flag = {form.format(n) for n in names for form in ('"--{}"', '"{}"', "'--{}'")}
         assert any(form in source or form in package for form in flag), f"{word} of {words[2]}"
 
 
