@@ -38,7 +38,16 @@ EVENT_FOLDER = "tensorboard"
 IMAGE_FOLDER = "images"
 WANDB_ID_FILE = "wandb_run_id.txt"
 
-_WALL_CLOCK = ("time", "time/", "data/wait", "goodput", "memory/", "rate/", "mfu", "data/bad_records")
+_WALL_CLOCK = (
+    "time",
+    "time/",
+    "data/wait",
+    "goodput",
+    "memory/",
+    "rate/",
+    "mfu",
+    "data/bad_records",
+)
 _LOG = logging.getLogger(__name__)
 
 
