@@ -161,7 +161,7 @@ def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
     folder = workdir / "checkpoints" / f"{step:08d}"
     handler, found = ocp.PyTreeCheckpointHandler(), {}
     for item in ("params", "opt_state", "ema"):
-        if not (folder / item).is_dir():
+        if item == "ema" and not (folder / item).is_dir():
             continue
         tree = handler.metadata(folder / item).tree
         args = jax.tree.map(
