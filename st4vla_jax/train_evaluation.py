@@ -11,7 +11,7 @@ from st4vla_jax.batch import Batch
 from st4vla_jax.eval.actions import HeldOut, mean_chunk
 from st4vla_jax.eval.pss import Probe, alignment
 from st4vla_jax.state import TrainState, merge
-from st4vla_jax.train_setup import Setup, open_held_out
+from st4vla_jax.train_setup import Setup, open_held_out_part
 from st4vla_jax.train_step import make_loss_norms
 
 MEAN_BATCHES = 8  # training batches that the per-horizon mean is taken over
@@ -69,7 +69,7 @@ class Evaluation:
         setup, config = self._setup, self._setup.config.evaluation
         batches = {}
         if not setup.flags.overfit_one_batch:
-            pipeline = open_held_out(setup)
+            pipeline = open_held_out_part(setup)
             stream = pipeline.batches(0)
             batches["eval"] = list(itertools.islice(stream, config.batches))
             stream.close()

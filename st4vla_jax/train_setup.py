@@ -28,7 +28,7 @@ from st4vla_jax.checkpoint import (
 )
 from st4vla_jax.config import ConfigError, ModelConfig
 from st4vla_jax.data.pipeline import Pipeline
-from st4vla_jax.data.settings import DataSettings, open_pipeline
+from st4vla_jax.data.settings import DataSettings, open_held_out, open_pipeline
 from st4vla_jax.data.tokenizer import Tokenizer
 from st4vla_jax.distributed import data_block, global_batch
 from st4vla_jax.models.lora import LORA_A, LORA_B, add_lora, lora_problems
@@ -126,7 +126,7 @@ def prepare(config: TrainConfig, workdir: Path | str, flags: RunFlags = RunFlags
     settings = _data_settings(config, base)
     # Without a mesh the data are opened all the same: what is wrong with them is told too.
     layout = mesh or make_mesh(devices=jax.devices()[:1])
-    pipeline = attempt(problems, lambda: _open(settings, layout, config))
+    pipeline = attempt(problems, lambda: _open_train(settings, layout, config))
     if pipeline:
         problems += _tokenizer_problems(pipeline, config)
     if problems:
@@ -311,33 +311,40 @@ def _data_settings(config: TrainConfig, base: Path | None) -> DataSettings:
     return dataclasses.replace(config.data, tokenizer=str(base / "meta" / "tokenizer"))
 
 
-def _open(settings: DataSettings, mesh: Mesh, config: TrainConfig, part: str = "train") -> Pipeline:
-    """This process's part of the data; sequences divide by devices and microbatches.
+def _open_train(settings: DataSettings, mesh: Mesh, config: TrainConfig) -> Pipeline:
+    """This process's part of the training data."""
+    settings = _divisible(settings, mesh, config, config.accumulation)
+    host, num_hosts = data_block(mesh, config.runtime.rules)
+    return open_pipeline(settings, host=host, num_hosts=num_hosts)
+
+
+def open_held_out_part(setup: Setup) -> Pipeline:
+    """This process's part of the run's held-out data."""
+    settings = _data_settings(setup.config, setup.sources.get("vlm"))
+    settings = _divisible(settings, setup.mesh, setup.config, 1)
+    host, num_hosts = data_block(setup.mesh, setup.config.runtime.rules)
+    return open_held_out(settings, setup.pipeline, host=host, num_hosts=num_hosts)
+
+
+def _divisible(
+    settings: DataSettings, mesh: Mesh, config: TrainConfig, accumulation: int
+) -> DataSettings:
+    """Sequences divide by devices and microbatches.
 
     Where the config's own ``schedule.multiple`` is a multiple of these already, another mesh or
     accumulation gives the very same sequences.
     """
-    rules = config.runtime.rules
-    blocks = math.prod(mesh.shape[axis] for axis in rules.mesh_axes("batch"))
+    axes = config.runtime.rules.mesh_axes("batch")
     schedule = settings.schedule
-    needed = blocks * (config.accumulation if part == "train" else 1)
-    multiple = math.lcm(schedule.multiple, needed)
+    multiple = math.lcm(
+        schedule.multiple, math.prod(mesh.shape[axis] for axis in axes) * accumulation
+    )
     if schedule.sequences % multiple:
         raise ConfigError(
             f"data.schedule.sequences {schedule.sequences} is no multiple of {multiple} "
             "(devices along the batch x accumulation); leave it 0 to have it chosen"
         )
-    settings = dataclasses.replace(
-        settings, schedule=dataclasses.replace(schedule, multiple=multiple)
-    )
-    host, num_hosts = data_block(mesh, rules)
-    return open_pipeline(settings, part=part, host=host, num_hosts=num_hosts)
-
-
-def open_held_out(setup: Setup) -> Pipeline:
-    """The held-out part of the run's data."""
-    settings = _data_settings(setup.config, setup.sources.get("vlm"))
-    return _open(settings, setup.mesh, setup.config, "held_out")
+    return dataclasses.replace(settings, schedule=dataclasses.replace(schedule, multiple=multiple))
 
 
 def _tokenizer_problems(pipeline: Pipeline, config: TrainConfig) -> list[str]:

@@ -32,6 +32,7 @@ from st4vla_jax.data.schedule import ScheduleConfig
 from st4vla_jax.data.source import Source
 from st4vla_jax.data.stats import EmbodimentAccumulator, accumulate, foreign_statistics
 from st4vla_jax.data.tokenizer import Tokenizer, byte_level_tokenizer
+from st4vla_jax.sections import checked_section
 
 _COMPARED = 32  # episodes of a set that given statistics are held against
 KINDS = ("rlds", "lerobot", "grounding", "lerobot_grounding")
@@ -130,11 +131,11 @@ class DataSettings:
         tree = dict(tree)
         sections = {"schedule": ScheduleConfig, "read": ReadPolicy, "image": ImageConfig}
         for key, section in sections.items():
-            tree[key] = _checked(section, tree.get(key) or {}, key, problems)
+            tree[key] = checked_section(section, tree.get(key) or {}, key, problems)
         if tree.get("augment"):
-            tree["augment"] = _checked(Augment, tree["augment"], "augment", problems)
+            tree["augment"] = checked_section(Augment, tree["augment"], "augment", problems)
         tree["sets"] = tuple(
-            _checked(SetSettings, {"name": name, **entry}, f"sets.{name}", problems)
+            checked_section(SetSettings, {"name": name, **entry}, f"sets.{name}", problems)
             for name, entry in sorted((tree.get("sets") or {}).items())
         )
         if not tree["sets"]:
@@ -145,63 +146,84 @@ class DataSettings:
             if entry is not None and entry.kind not in KINDS
         ]
         tree["augment"] = tree.get("augment") or None
-        settings = _checked(cls, tree, "data", problems)
+        settings = checked_section(cls, tree, "data", problems)
         if problems:
             raise SettingsError("data settings:\n  " + "\n  ".join(problems))
         return settings
 
 
-def _checked(cls: type, tree: Mapping[str, Any], key: str, problems: list[str]) -> Any:
-    """An instance of a dataclass, lists as tuples; None and problems if the keys do not fit."""
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    before = len(problems)
-    problems += [f"{key}.{k}: unknown{nearest(k, known)}" for k in tree if k not in known]
-    problems += [
-        f"{key}.{name}: missing"
-        for name, field in known.items()
-        if name not in tree
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
-    if len(problems) > before:
-        return None
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()}
-    try:
-        return cls(**values)
-    except ValueError as error:
-        problems.append(f"{key}: {error}")
-        return None
-
-
 def open_pipeline(
-    settings: DataSettings, *, part: str = "train", host: int = 0, num_hosts: int = 1
+    settings: DataSettings, *, host: int = 0, num_hosts: int = 1, own_statistics: bool = True
 ) -> Pipeline:
-    """Opens the sources (indexing them if need be) and builds the pipeline of one host.
-
-    The held-out part has the training part's statistics and numbers of groups and embodiments, no
-    augmentation, only the sets with a holdout, and as many sequences as these need.
+    """Opens the training parts (indexing them if need be) and builds the pipeline of one host.
 
     Args:
       settings: the data section.
-      part: "train" or "held_out", see `data.holdout`.
+      host: number of this process among those that share the global batch.
+      num_hosts: of these.
+      own_statistics: refuse statistics that are given by path and are of other data; False where
+        a checkpoint's own are put to data that it may not have seen.
+
+    Raises:
+      SettingsError: sets that cannot be opened, all by name; leaks; statistics of other data.
+      SpecError, StatisticsError, ScheduleError, LayoutError: by what does not fit.
+    """
+    sources = _open_sources(settings)
+    _check_leaks(settings, sources)
+    if own_statistics:
+        _check_statistics(settings, sources)
+    return _pipeline(settings, sources, make_encoders(settings, sources), host, num_hosts)
+
+
+def open_held_out(
+    settings: DataSettings, train: Pipeline, *, host: int = 0, num_hosts: int = 1
+) -> Pipeline:
+    """The held-out parts beside a training pipeline of the same sets.
+
+    They have the training part's statistics and numbers of groups and embodiments, no augmentation,
+    only the sets with a holdout, and as many sequences as these need.
+
+    Args:
+      settings: the data section; its schedule may differ from the training's.
+      train: of `open_pipeline`.
       host: number of this process among those that share the global batch.
       num_hosts: of these.
 
     Raises:
-      SettingsError, SourceError, SpecError, StatisticsError, ScheduleError, LayoutError: by what
-        does not fit.
+      SettingsError: nothing is held out.
+      SourceError, ScheduleError, LayoutError: by what does not fit.
     """
-    sources = [open_source(entry, settings) for entry in settings.sets]
-    _check_leaks(settings, sources)
-    encoders = make_encoders(settings, sources)
-    if part == "held_out":
-        held_out = [i for i, entry in enumerate(settings.sets) if entry.holdout]
-        settings = _held_out_settings(settings)
-        sources = [open_source(entry, settings, part) for entry in settings.sets]
-        encoders = [
-            tuple(dataclasses.replace(encoder, augment=None) for encoder in encoders[i])
-            for i in held_out
-        ]
+    encoders = [
+        tuple(dataclasses.replace(encoder, augment=None) for encoder in data_set.encoders)
+        for entry, data_set in zip(settings.sets, train.data_sets, strict=True)
+        if entry.holdout
+    ]
+    settings = _held_out_settings(settings)
+    return _pipeline(settings, _open_sources(settings, "held_out"), encoders, host, num_hosts)
+
+
+def _open_sources(settings: DataSettings, part: str = "train") -> list[Source]:
+    """Raises SettingsError naming every set that cannot be opened."""
+    sources, problems = [], []
+    for entry in settings.sets:
+        try:
+            sources.append(open_source(entry, settings, part))
+        except (ValueError, OSError) as error:  # all of this package's own errors are ValueErrors
+            problems.append(f"sets.{entry.name}: {error}")
+        except ModuleNotFoundError as error:
+            problems.append(f"sets.{entry.name}: {error}; pip install '.[lerobot]'")
+    if problems:
+        raise SettingsError("data settings:\n  " + "\n  ".join(problems))
+    return sources
+
+
+def _pipeline(
+    settings: DataSettings,
+    sources: Sequence[Source],
+    encoders: Sequence[tuple[SampleEncoder, ...]],
+    host: int,
+    num_hosts: int,
+) -> Pipeline:
     weights = _weights(settings, sources)
     return Pipeline(
         [DataSet(*one) for one in zip(sources, encoders, weights, strict=True)],
@@ -345,18 +367,23 @@ def open_tokenizer(folder: str) -> Tokenizer:
 
 def _statistics(settings: DataSettings, sources: Sequence[Source]) -> Statistics:
     robots = [s for e, s in zip(settings.sets, sources, strict=True) if e.is_robot]
+    return Statistics.load(settings.statistics) if settings.statistics else statistics_of(robots)
+
+
+def _check_statistics(settings: DataSettings, sources: Sequence[Source]) -> None:
+    """Raises SettingsError where statistics given by path are of other data."""
     if not settings.statistics:
-        return statistics_of(robots)
+        return
     statistics = Statistics.load(settings.statistics)
     problems = [
         text
-        for source in robots
-        if source.spec.embodiment in statistics
+        for entry, source in zip(settings.sets, sources, strict=True)
+        if entry.is_robot
+        and source.spec.embodiment in statistics
         and (text := _foreign(source, statistics[source.spec.embodiment]))
     ]
     if problems:
         raise SettingsError(f"{settings.statistics}:\n  " + "\n  ".join(problems))
-    return statistics
 
 
 def _foreign(source: Any, entry: EmbodimentStatistics) -> str | None:

@@ -21,7 +21,7 @@ from st4vla_jax.data.robot_spec import RobotSpec, StandardEpisode
 
 # Bounds of `foreign_statistics`.
 _OUTSIDE = 0.1  # share of values
-_NARROW = 0.005  # of the spread: a wrong unit such as millimetres, not a calm first episode
+_NARROW = 0.02  # of the spread: a wrong unit such as millimetres, not a calm first episode
 
 EXACT_ROWS = 2**22  # 16 MiB a dimension, as much as the buckets take
 

@@ -16,7 +16,7 @@ from typing import Any
 from st4vla_jax.batch import Batch
 from st4vla_jax.checkpoint import git_revision
 from st4vla_jax.data.pipeline import Pipeline
-from st4vla_jax.data.settings import DataSettings, open_pipeline
+from st4vla_jax.data.settings import DataSettings, open_held_out, open_pipeline
 from st4vla_jax.data.sheet import Cell, Strip, contact_sheet
 from st4vla_jax.data.source import Region
 from st4vla_jax.eval.actions import HeldOut, mean_chunk
@@ -96,7 +96,8 @@ def run_actions(
       SettingsError, SourceError, ...: see `settings.open_pipeline`.
       HeldOutError: no robot samples are held out.
     """
-    train, held_out = (_first(open_pipeline(data, part=p), batches) for p in ("train", "held_out"))
+    pipeline = open_pipeline(data, own_statistics=False)
+    train, held_out = (_first(p, batches) for p in (pipeline, open_held_out(data, pipeline)))
     size = policy.meta.model.dit.action_dim
     names = policy.meta.action.names
     names = (*names, *(f"action_{i}" for i in range(len(names), size)))

@@ -11,7 +11,13 @@ from st4vla_jax.data.grounding import GroundingSource
 from st4vla_jax.data.holdout import is_held_out
 from st4vla_jax.data.image import decode_image
 from st4vla_jax.data.rlds import RldsSource
-from st4vla_jax.data.settings import DataSettings, SettingsError, open_pipeline, open_source
+from st4vla_jax.data.settings import (
+    DataSettings,
+    SettingsError,
+    open_held_out,
+    open_pipeline,
+    open_source,
+)
 from st4vla_jax.data.source_files import SourceError
 from st4vla_jax.data.stats import accumulate
 from tests.data.test_rlds import BRIDGE, FRACTAL, folder
@@ -53,6 +59,11 @@ def bridge(shared, tmp_path, **sets):
     })  # fmt: skip
 
 
+def both_parts(settings):
+    train = open_pipeline(settings)
+    return {"train": train, "held_out": open_held_out(settings, train)}
+
+
 def drawn(pipeline, steps):
     plans = [pipeline.schedule.plan(step) for step in range(steps)]
     return [pipeline.data_sets[d.member].source[d.index] for p in plans for row in p for d in row]
@@ -64,7 +75,7 @@ def about(sample):
 
 def test_five_of_the_25_bridge_episodes_whatever_the_split(shared, tmp_path):
     settings = bridge(shared, tmp_path, bridge={"holdout": 0.2})
-    parts = {p: open_pipeline(settings, part=p) for p in ("train", "held_out")}
+    parts = both_parts(settings)
     train, held = (parts[p].data_sets[0].source for p in parts)
     assert [len(np.unique(s.episodes())) for s in (train, held)] == [20, 5]
     trained = {about(s) for s in train}
@@ -79,7 +90,7 @@ def test_five_of_the_25_bridge_episodes_whatever_the_split(shared, tmp_path):
 
 def test_statistics_fingerprint_and_views_of_both_parts(shared, tmp_path):
     settings = bridge(shared, tmp_path, bridge={"holdout": 0.2})
-    train, held = (open_pipeline(settings, part=p) for p in ("train", "held_out"))
+    train, held = both_parts(settings).values()
     whole = open_pipeline(bridge(shared, tmp_path, bridge={}))
     assert len({p.fingerprint for p in (train, held, whole)}) == 3
     # Statistics are of the training part, in both.
@@ -93,7 +104,7 @@ def test_statistics_fingerprint_and_views_of_both_parts(shared, tmp_path):
     # No augmentation of what is held out: a view is the image resized, nothing else.
     assert train.data_sets[0].encoders[0].augment is not None
     assert held.data_sets[0].encoders[0].augment is None
-    one, other = (open_pipeline(settings, part="held_out").batches() for _ in range(2))
+    one, other = (open_held_out(settings, train).batches() for _ in range(2))
     np.testing.assert_array_equal(next(one).vlm.patches, next(other).vlm.patches)
     one.close()
     other.close()
@@ -105,7 +116,7 @@ def test_episodes_held_out_in_one_set_and_trained_on_in_another(shared, tmp_path
         open_pipeline(bridge(shared, tmp_path, **sets))
     open_pipeline(bridge(shared, tmp_path, a={"holdout": 0.2}, b={"split": "val", "holdout": 0.2}))
     with pytest.raises(SettingsError, match="no data set holds anything out"):
-        open_pipeline(bridge(shared, tmp_path, a={}), part="held_out")
+        both_parts(bridge(shared, tmp_path, a={}))
 
 
 def records(folder, count=20):
@@ -137,7 +148,7 @@ def test_grounding_holds_out_images_with_all_their_records(shared, tmp_path):
     )
     schedule = dataclasses.replace(settings.schedule, grounding_samples=6)
     both = dataclasses.replace(settings, sets=(*settings.sets, grounding), schedule=schedule)
-    pipeline = open_pipeline(both, part="held_out")
+    pipeline = both_parts(both)["held_out"]
     batches = pipeline.batches()
     batch = next(batches)
     batches.close()
@@ -147,7 +158,7 @@ def test_grounding_holds_out_images_with_all_their_records(shared, tmp_path):
     # A grounding set without a holdout takes no part.
     without = dataclasses.replace(grounding, holdout=0.0)
     plain = dataclasses.replace(both, sets=(settings.sets[0], without))
-    pipeline = open_pipeline(plain, part="held_out")
+    pipeline = both_parts(plain)["held_out"]
     assert pipeline.schedule.config.grounding_samples == 0 and len(pipeline.data_sets) == 1
 
 

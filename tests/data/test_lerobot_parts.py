@@ -15,7 +15,12 @@ from st4vla_jax import compute_stats  # noqa: E402
 from st4vla_jax.data.episode_table import Filters  # noqa: E402
 from st4vla_jax.data.lerobot import LeRobotGrounding, LeRobotSource  # noqa: E402
 from st4vla_jax.data.normalize import Statistics  # noqa: E402
-from st4vla_jax.data.settings import DataSettings, SettingsError, open_pipeline  # noqa: E402
+from st4vla_jax.data.settings import (  # noqa: E402
+    DataSettings,
+    SettingsError,
+    open_held_out,
+    open_pipeline,
+)
 from tests.data.test_lerobot_real import SIM  # noqa: E402
 
 
@@ -60,7 +65,8 @@ def settings(real, tmp_path, **boxes):
 
 
 def test_pipeline_of_both_parts(real, tmp_path):
-    held = open_pipeline(settings(real, tmp_path, holdout=0.25), part="held_out")
+    both = settings(real, tmp_path, holdout=0.25)
+    held = open_held_out(both, open_pipeline(both))
     batches = held.batches()
     batch = next(batches)
     batches.close()

@@ -118,11 +118,26 @@ def test_settings_name_every_wrong_key():
             "schedule": {"robot_sample": 3}, "chunks": 4, "augment": {"scale": [2.0, 1.0]},
         })  # fmt: skip
     for text in ("sets.a.kind: 'rldz', did you mean 'rlds'", "sets.b.path: missing",
-                 "schedule.robot_sample: unknown, did you mean 'robot_samples'",
-                 "data.chunks: unknown, did you mean 'chunk'", "augment: "):  # fmt: skip
+                 "schedule.robot_sample: unknown key, did you mean 'robot_samples'",
+                 "data.chunks: unknown key, did you mean 'chunk'", "augment: "):  # fmt: skip
         assert text in str(e.value)
     with pytest.raises(SettingsError, match="sets: no data set"):
         DataSettings.from_dict({})
+
+
+def test_every_set_that_cannot_be_opened_is_named(tmp_path):
+    sets = {name: {"kind": kind, "path": str(tmp_path / name), **rest} for name, kind, rest in (
+        ("a", "rlds", {"spec": "bridge_orig"}), ("b", "grounding", {}),
+        ("c", "rlds", {"spec": "brigde_orig"}))}  # fmt: skip
+    with pytest.raises(SettingsError) as e:
+        open_pipeline(DataSettings.from_dict({"sets": sets}))
+    for text in (
+        f"sets.a: {tmp_path / 'a'}: ",
+        "sets.b: ",
+        str(tmp_path / "b"),
+        "sets.c: no robot",
+    ):
+        assert text in str(e.value)
 
 
 def test_config_has_the_settings_and_their_defaults():
