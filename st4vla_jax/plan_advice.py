@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from st4vla_jax.plan_setup import LANES, Plan
+from st4vla_jax.plan_setup import Plan
 from st4vla_jax.plan_table import Table, kept_activations
+from st4vla_jax.sharding import LANES
 
 
 @dataclasses.dataclass(frozen=True)

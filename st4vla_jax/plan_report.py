@@ -6,8 +6,9 @@ from typing import Any
 
 from st4vla_jax.chips import GIB, Slice
 from st4vla_jax.plan_compile import Compiled, masked_scores
-from st4vla_jax.plan_setup import LANES, Plan
+from st4vla_jax.plan_setup import Plan
 from st4vla_jax.plan_table import Table
+from st4vla_jax.sharding import LANES
 
 _GB = 1e9
 _MANY = 1.1  # times the least that must move

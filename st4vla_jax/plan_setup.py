@@ -15,13 +15,10 @@ from st4vla_jax.config import ConfigError
 from st4vla_jax.models.st4vla import ST4VLA
 from st4vla_jax.optim import Optimizer
 from st4vla_jax.plan_batch import PlannedBatch, planned_batch
-from st4vla_jax.sharding import MESH_AXES, Rules, is_axes, make_mesh
-from st4vla_jax.state import TrainState, leaves_by_path
+from st4vla_jax.sharding import MESH_AXES, Rules, make_mesh, narrow_slices
+from st4vla_jax.state import TrainState
 from st4vla_jax.train_config import MeshSettings, TrainConfig
 from st4vla_jax.train_setup import abstract_state, attempt, described
-
-LANES = 128  # of a TPU's registers: narrower slices are padded when they travel
-_LEAST = 64  # below it the compiler makes an all-gather an all-reduce, at twice the bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +29,8 @@ class Plan:
       mesh: of devices, or abstract.
       state: ShapeDtypeStructs with shardings, of the whole mesh.
       planned: the batch of one update.
-      narrow: "embed 1280 / 16 = 80", logical axes whose slices are under LANES lanes.
+      narrow: "embed 1280 / 16 = 80", logical axes whose slices are under
+        sharding.LANES lanes.
     """
 
     config: TrainConfig
@@ -106,30 +104,3 @@ def parse_mesh(text: str, rules: Any) -> MeshSettings:
     except ValueError:
         raise ConfigError(f"--mesh={text}: give DATA,FSDP,TENSOR, three sizes as 4,16,1") from None
     return MeshSettings(data, fsdp, tensor, rules)
-
-
-def narrow_slices(
-    boxed: Any, mesh: Mesh | AbstractMesh, rules: Rules
-) -> tuple[tuple[str, ...], list[str]]:
-    """Axes that fsdp cuts in slices under LANES lanes, and as problems those under 64.
-
-    On v5p, fsdp=64 of a width of 2048 made every all-gather a dynamic-update-slice and an
-    all-reduce (compiled, jax 0.10.2), fsdp=16 none.
-    """
-    narrow: dict[str, None] = {}
-    problems: dict[str, None] = {}
-    for _, box in leaves_by_path(boxed, is_leaf=is_axes):
-        for size, name in zip(box.value.shape, box.names, strict=True):
-            axes = rules.mesh_axes(name)
-            parts = math.prod(mesh.shape[axis] for axis in axes)
-            if "fsdp" not in axes or parts == 1 or size % parts or size // parts >= LANES:
-                continue
-            text = f"{name} {size} / {parts} = {size // parts}"
-            narrow[text] = None
-            if size // parts < _LEAST:
-                problems[
-                    f"fsdp: slices of {text} lanes; under {_LEAST} the compiler makes each "
-                    f"all-gather an all-reduce: at most fsdp={max(1, size // _LEAST)}, or "
-                    f"--config.mesh.rules={{'{name}': ()}} keeps it whole on every device"
-                ] = None
-    return tuple(narrow), list(problems)

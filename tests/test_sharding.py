@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from st4vla_jax.chips import TopologyError, parse_slice, slice_devices
 from st4vla_jax.sharding import Axes, Rules, ShardingError, constrain, make_mesh, param_shardings
 
 RULES = Rules()
@@ -57,6 +58,19 @@ def test_param_shardings_lists_every_problem():
 def test_mesh_must_use_all_devices():
     with pytest.raises(ShardingError, match="needs 6 devices, there are 8"):
         make_mesh(data=3, fsdp=2)
+
+
+@pytest.mark.aot
+def test_mesh_goes_host_by_host_and_slice_by_slice():
+    """Whatever the order of the devices: only the data axis may cross slices."""
+    try:
+        devices = slice_devices(parse_slice("v5e:4x4", 2))
+    except TopologyError as error:
+        pytest.skip(str(error))
+    mesh = make_mesh(4, 4, 2, devices=sorted(devices, key=lambda d: d.coords))
+    hosts = [d.process_index for d in mesh.devices.flat]
+    assert hosts == sorted(hosts) and len(set(hosts)) == 8
+    assert [{d.slice_index for d in block.flat} for block in mesh.devices] == [{0}, {0}, {1}, {1}]
 
 
 def test_constraint_reaches_the_program_under_set_mesh_only():
