@@ -51,6 +51,16 @@ def structural_problems(cfg: ModelConfig) -> list[str]:
     return []
 
 
+def vlm_problems(cfg: ModelConfig) -> list[str]:
+    """What no Qwen2.5-VL computes: transformers would load the weights and say nothing."""
+    if cfg.vision.absolute_positions:
+        return [
+            "its vision tower adds absolute positions (vision.absolute_positions); transformers' "
+            "Qwen2.5-VL does not, and would give other features"
+        ]
+    return []
+
+
 def size_problems(cfg: ModelConfig) -> list[str]:
     """Sizes that upstream's strict load refuses, or with which its code computes something else."""
     if not cfg.has_action:

@@ -223,9 +223,10 @@ def convert(args: argparse.Namespace) -> list[str]:
     """Runs the export; returns notes for the user."""
     meta = read_meta(args.checkpoint)
     wants_upstream, wants_hf = args.format != "hf", args.format != "upstream"
-    if wants_upstream:
-        _check_upstream(args, meta)
-    notes = []
+    _check(args, meta, wants_upstream)
+    notes = [
+        f"stock transformers cannot run it: {text}" for text in export.vlm_problems(meta.model)
+    ]
     with new_folder(args.out, MARKER, args.overwrite) as work:
         both = args.format == "both"
         upstream = (work / "upstream" if both else work) if wants_upstream else None
@@ -243,15 +244,21 @@ def convert(args: argparse.Namespace) -> list[str]:
     return notes
 
 
-def _check_upstream(args: argparse.Namespace, meta: Meta) -> None:
-    """Raises ConversionError with every reason why upstream could not run the policy."""
-    problems = export.structural_problems(meta.model)
-    if sizes := [] if args.allow_custom_sizes else export.size_problems(meta.model):
-        problems += sizes + ["--allow-custom-sizes exports it for a changed upstream"]
-    if not args.safetensors and importlib.util.find_spec("torch") is None:
+def _check(args: argparse.Namespace, meta: Meta, upstream: bool) -> None:
+    """Raises ConversionError with every reason why transformers or upstream could not run it."""
+    cfg, problems = meta.model, []
+    custom = export.vlm_problems(cfg)
+    if upstream:
+        problems += export.structural_problems(cfg)
+        custom += export.size_problems(cfg)
+    if custom and not args.allow_custom_sizes:
+        who = "upstream" if upstream else "transformers"
+        problems += [*custom, f"--allow-custom-sizes exports it for a changed {who}"]
+    if upstream and not args.safetensors and importlib.util.find_spec("torch") is None:
         problems.append("writing .pt needs torch; install it or give --safetensors")
     if problems:
-        raise ConversionError("\n  ".join([f"{args.checkpoint}: no export to upstream", *problems]))
+        target = "upstream" if upstream else "Hugging Face"
+        raise ConversionError("\n  ".join([f"{args.checkpoint}: no export to {target}", *problems]))
 
 
 def _upstream_notes(args: argparse.Namespace, meta: Meta, base: str | None) -> list[str]:
@@ -285,7 +292,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", required=True, type=Path, help="folder to make")
     add("--format", required=True, choices=("upstream", "hf", "both"))
     add("--safetensors", action="store_true", help="run folder with steps_N_model.safetensors")
-    add("--allow-custom-sizes", action="store_true", help="export sizes that upstream cannot run")
+    add(
+        "--allow-custom-sizes",
+        action="store_true",
+        help="export what upstream or transformers cannot run as it is",
+    )
     add("--base-vlm", help="what config.yaml names as the base VLM's folder")
     add("--overwrite", action="store_true", help="replace a folder written by this command")
     args, start = parser.parse_args(argv), time.perf_counter()

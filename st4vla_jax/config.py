@@ -23,7 +23,12 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Qwen2.5-VL vision tower (HF Qwen2_5_VLVisionConfig; names as there)."""
+    """Qwen2.5-VL vision tower (HF Qwen2_5_VLVisionConfig; names as there).
+
+    Attributes:
+      absolute_positions: differs: add 2-D sine and cosine positions to the patches, without which
+        a tower from scratch takes far longer to say where something is; no Qwen2.5-VL has them.
+    """
 
     depth: int = 32
     hidden_size: int = 1280
@@ -38,6 +43,7 @@ class VisionConfig:
     out_hidden_size: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
+    absolute_positions: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -60,6 +66,8 @@ class VisionConfig:
             ),
             f"a window of {window} patches is not one bin of {VISION_BIN}": window != VISION_BIN,
             "spatial_merge_size must be 2": self.spatial_merge_size != 2,
+            f"absolute_positions need a hidden_size that is a multiple of 4, not "
+            f"{self.hidden_size}": self.absolute_positions and self.hidden_size % 4,
         }
         return [f"vision: {text}" for text, bad in checks.items() if bad]
 
@@ -274,6 +282,17 @@ VLM_PRESETS: dict[str, tuple[VisionConfig, TextConfig]] = {
         TextConfig(
             vocab_size=320, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
             num_attention_heads=4, num_key_value_heads=2, head_dim=32, mrope_section=(4, 6, 6),
+        ),
+    ),
+    # The built-in tabletop: learns to see from scratch, with tabletop/words.py's tokenizer.
+    "tabletop": (
+        VisionConfig(
+            depth=2, hidden_size=96, intermediate_size=192, num_heads=4,
+            fullatt_block_indexes=(1,), out_hidden_size=128, absolute_positions=True,
+        ),
+        TextConfig(
+            vocab_size=768, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=4, head_dim=32, mrope_section=(4, 6, 6),
         ),
     ),
 }  # fmt: skip

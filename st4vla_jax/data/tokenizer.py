@@ -188,8 +188,10 @@ def add_qwen_tokens(backend: Backend) -> None:
     backend.add_tokens([AddedToken(t, normalized=False) for t in TOOL_TOKENS])
 
 
-def byte_level_tokenizer() -> Tokenizer:
+def byte_level_tokenizer(words: Sequence[str] = ()) -> Tokenizer:
     """Tokenizer of the ``tiny`` presets: ids 0..255 are the bytes, then Qwen's 22 tokens.
+
+    Each of ``words`` is one more token wherever it stands; of two that fit, the longer one.
 
     differs: no Unicode normalisation (Qwen's is NFC), so that every text comes back unchanged.
     """
@@ -197,4 +199,5 @@ def byte_level_tokenizer() -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     add_qwen_tokens(backend)
+    backend.add_tokens([AddedToken(word, normalized=False) for word in words])
     return Tokenizer(backend.to_str(), "byte-level tokenizer")

@@ -66,6 +66,27 @@ def rotary_tables(patch_hw: Array, head_dim: int, theta: float) -> tuple[Array, 
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def absolute_positions(patch_hw: Array, width: int) -> Array:
+    """2-D sine and cosine positions of amplitude 1, as large as a fresh patch embedding.
+
+    A quarter of the width each: sine of the row, cosine of the row, the same of the column.  The
+    frequencies fall from 1 to 1/100 a patch: grids here have a few dozen patches a side, where
+    the usual 1/10,000 would be constant.
+
+    Args:
+      patch_hw: i32[B,P,2] row and column of each patch.
+      width: D, a multiple of 4.
+
+    Returns:
+      f32[B,P,D].
+    """
+    count = width // 4
+    frequencies = 100.0 ** -(np.arange(count, dtype=np.float32) / count)
+    angles = patch_hw[..., None].astype(jnp.float32) * frequencies
+    waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)  # [B,P,2,D/2]
+    return waves.reshape(*patch_hw.shape[:-1], width)
+
+
 def block_groups(depth: int, full_indexes: tuple[int, ...]) -> list[tuple[int, int, int]]:
     """Run-length form of the pattern of windowed and full-attention blocks.
 
@@ -248,6 +269,8 @@ class VisionTower(nn.Module):
         if patches.shape[1] % VISION_BIN:
             raise ValueError(f"{patches.shape[1]} vision slots are not a multiple of {VISION_BIN}")
         x = PatchEmbed(cfg, rt, name="patch_embed")(patches)
+        if cfg.absolute_positions:
+            x = x + absolute_positions(patch_hw, cfg.hidden_size).astype(x.dtype)
         block = VisionBlock(cfg, rt, parent=None)
         stack = Stack(block, cfg.depth, self._block_example(), name="blocks")()
         if patches.shape[1]:  # a batch without images must not gather the blocks' weights

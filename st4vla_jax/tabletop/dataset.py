@@ -5,6 +5,7 @@ python -m st4vla_jax.tabletop.dataset --episodes 2000 --grounding 4000 --generic
   DIR/tabletop/1.0.0           episodes in array_record shards, robot spec "tabletop"
   DIR/grounding/records.jsonl  boxes, points, traces, relations in robot scenes (stage 1, 2)
   DIR/generic/records.jsonl    the same of other shapes, without a robot (stage 0)
+  DIR/tokenizer                words and numbers as tokens, see `words`
   DIR/settings.json            what was asked for
 
 Everything follows from the seed.  A run that is cut short continues by the same command: finished
@@ -47,6 +48,7 @@ from st4vla_jax.tabletop.generic import generic_example
 from st4vla_jax.tabletop.grounding import robot_example
 from st4vla_jax.tabletop.sampling import SPLITS, splits_of
 from st4vla_jax.tabletop.tasks import TASKS
+from st4vla_jax.tabletop.words import FOLDER, word_tokenizer
 
 SETTINGS = "settings.json"
 
@@ -97,6 +99,7 @@ def write_dataset(
     }  # fmt: skip
     _check(settings, workers)
     _claim(out, settings)
+    word_tokenizer().save(out / FOLDER)
     with _Workers(workers) as records:
         if episodes:
             run(_episodes(settings, records), out / NAME / VERSION, threads=1)

@@ -30,6 +30,8 @@ _POINT_PROMPTS = (
     "Put your finger on {}. Answer in JSON.",
     "Which pixel shows the middle of {}? Answer in JSON.",
 )
+# All that is asked, with {} for things.
+PROMPTS = (*_BOX_PROMPTS, *_POINT_PROMPTS)
 _SUPER = 2
 _STREAM = 11
 

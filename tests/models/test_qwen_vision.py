@@ -147,6 +147,42 @@ def test_query_chunks_equal_hf(chunk):
     assert_rows_equal_hf([[[noise((140, 196)), noise((84, 140))]]], 320, rt=rt)
 
 
+@pytest.mark.parity
+def test_absolute_positions_are_added_after_the_patch_embedding():
+    """HF's tower with positions, written out patch by patch, added to what its embedding gives."""
+    size, width = (140, 196), CFG.hidden_size
+    model, params = reference()
+    torch = pytest.importorskip("torch")
+    # HF takes patches cell by cell: rows of cells, cells of a row, then the four of a cell.
+    order = [
+        (2 * i + a, 2 * j + b)
+        for i in range(size[0] // 28)
+        for j in range(size[1] // 28)
+        for a in range(2)
+        for b in range(2)
+    ]
+    quarter = width // 4
+    table = np.zeros((len(order), width), np.float32)
+    for patch, place in enumerate(order):
+        for axis, at in enumerate(place):
+            for k in range(quarter):
+                angle = at / 100 ** (k / quarter)
+                table[patch, 2 * quarter * axis + k] = np.sin(angle)
+                table[patch, 2 * quarter * axis + quarter + k] = np.cos(angle)
+    images = [noise(size)]
+    handle = model.patch_embed.register_forward_hook(lambda *a: a[2] + torch.from_numpy(table))
+    try:
+        (theirs,) = hf_features(model, images)
+    finally:
+        handle.remove()
+    inputs, ((row, cells),) = packed([[images]])
+    cfg = dataclasses.replace(CFG, absolute_positions=True)
+    ours = np.asarray(forward(cfg, FLOAT32, params, *inputs))[row, cells]
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    without = np.asarray(forward(CFG, FLOAT32, params, *inputs))[row, cells]
+    assert np.abs(ours - without).max() > 0.1
+
+
 # --- structure ----------------------------------------------------------------------------------
 
 
