@@ -1,0 +1,135 @@
+"""Runs jobs one after the other; what is done is not done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from st4vla_jax.ablation_rows import AblationError, Job
+from st4vla_jax.data.tfds_write import write_json
+from st4vla_jax.distributed import RESTART_EXIT_CODE
+
+SETTINGS = "settings.json"
+DONE = "done"  # folder with a file for each finished job
+LOGS = "logs"
+
+_ROOT = Path(__file__).resolve().parents[1]  # configs/ lies here
+_TAIL = 12  # lines of a failed job's output that the error shows
+_LONGEST_S = 7 * 24 * 3600.0
+_GRACE_S = 120.0  # a training run saves its state when it is told to stop
+
+
+class StoppedError(RuntimeError):
+    """A job was told to stop and has saved its state; the same command goes on."""
+
+
+def claim(out: Path, settings: Mapping[str, Any]) -> None:
+    """Notes the settings of an ablation in its folder, or compares them with those there.
+
+    Raises:
+      AblationError: other settings, or a folder with something else in it.
+    """
+    path = out / SETTINGS
+    if not path.is_file():
+        if out.is_dir() and any(out.iterdir()):
+            raise AblationError(f"{out}: not empty, and no ablation; give another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, dict(settings))
+        return
+    there = json.loads(path.read_text(encoding="utf-8"))
+    asked = json.loads(json.dumps(settings))  # tuples as lists
+    differ = [
+        f"{key}: {there.get(key)} there, {asked.get(key)} asked for"
+        for key in sorted(there.keys() | asked.keys())
+        if there.get(key) != asked.get(key)
+    ]
+    if differ:
+        raise AblationError(
+            "\n  ".join([f"{out}: made with other settings; give another --out", *differ])
+        )
+
+
+def run_jobs(out: Path, jobs: Iterable[Job], say: Callable[[str], None] = print) -> None:
+    """Runs the jobs that are not done; each one's output goes to OUT/logs.
+
+    Raises:
+      AblationError: a job failed; the message has the end of its output.
+      StoppedError: a job was told to stop.
+    """
+    for job in jobs:
+        if seconds(out, job.name) is not None:
+            say(f"{job.name}: done already")
+            continue
+        log = out / LOGS / f"{_file(job.name)}.log"
+        log.parent.mkdir(exist_ok=True)
+        say(f"{job.name}: {' '.join(job.command[1:])}")
+        took = _run(job, out, log) + _before(out, job.name)
+        write_json(_marker(out, job.name), {"command": list(job.command), "seconds": took})
+        say(f"{job.name}: {took:.0f} s")
+
+
+def seconds(out: Path, name: str) -> float | None:
+    """Wall time of a finished job, all its starts together; None if it is not finished."""
+    marker = _marker(out, name)
+    return json.loads(marker.read_text(encoding="utf-8"))["seconds"] if marker.is_file() else None
+
+
+def _run(job: Job, out: Path, log: Path) -> float:
+    """Runs one job to its end; returns its seconds, which are kept if it does not get there."""
+    # Jobs of one kind compile the same programs.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(out / "compile_cache"), "PYTHONUNBUFFERED": "1"}
+    start, finished = time.monotonic(), False
+    with open(log, "a", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            job.command, cwd=_ROOT, env=cache | os.environ, stdout=output, stderr=output
+        )
+        try:
+            status = process.wait(_LONGEST_S)
+            finished = status == 0
+        finally:  # Ctrl-C or a signal: training saves its state
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(_GRACE_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+            took = time.monotonic() - start
+            if not finished:
+                write_json(_unfinished(out, job.name), {"seconds": took + _before(out, job.name)})
+    if status == RESTART_EXIT_CODE:
+        raise StoppedError(f"{job.name} was told to stop; the same command goes on")
+    if status:
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
+        raise AblationError(
+            "\n  ".join([f"{job.name}: exit status {status}; the end of {log}:", *tail])
+        )
+    return took
+
+
+def _before(out: Path, name: str) -> float:
+    """Seconds of a job's earlier starts."""
+    path = _unfinished(out, name)
+    return json.loads(path.read_text(encoding="utf-8"))["seconds"] if path.is_file() else 0.0
+
+
+def _marker(out: Path, name: str) -> Path:
+    return _made(out / DONE) / f"{_file(name)}.json"
+
+
+def _unfinished(out: Path, name: str) -> Path:
+    return _made(out / DONE) / f"{_file(name)}.unfinished"
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _file(name: str) -> str:
+    return name.replace("/", "_")
