@@ -150,7 +150,7 @@ class _Model:
             if any(i.opcode.startswith(COLLECTIVES) for i in self._module.inside(instruction)):
                 # Buffers of the collective, which is counted as such, pass through the fusion.
                 return 0.0
-            reads = dict(_partial_reads(body))
+            reads = dict(_partial_reads(self._module, body))
             if body[-1].opcode == "dynamic-update-slice":  # in place
                 written = self._by_name[body[-1].operands[1]].bytes
         elif instruction.opcode == "dynamic-slice":
@@ -258,22 +258,27 @@ class _Model:
         return max(1, links)
 
 
-def _partial_reads(body: list[Instruction]) -> Iterator[tuple[int, float]]:
+def _partial_reads(module: Module, body: list[Instruction]) -> Iterator[tuple[int, float]]:
     """(number of a fusion's parameter, bytes) where no more than slices of it are read."""
     for parameter in body:
         if parameter.opcode != "parameter":
             continue
         users = [i for i in body if parameter.name in i.operands]
-        sizes = []
-        for user in users:
-            if user.opcode in ("dynamic-slice", "slice", "gather"):
-                sizes.append(user.bytes)
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
-                sizes.append(0.0)
-            else:
-                break
-        if users and len(sizes) == len(users):
+        sizes = [_sliced(module, user, parameter.name) for user in users]
+        if users and None not in sizes:
             yield int(parameter.operands[0]), sum(sizes)
+
+
+def _sliced(module: Module, user: Instruction, name: str) -> float | None:
+    """Bytes that an instruction of a fusion reads of an operand; None where it is all of it."""
+    if user.opcode in ("dynamic-slice", "slice", "gather"):
+        return user.bytes
+    if user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+        return 0.0
+    if user.opcode == "fusion":  # fusions are nested
+        inner = dict(_partial_reads(module, module.computations[user.called()[0]]))
+        return inner.get(user.operands.index(name))
+    return None
 
 
 def _convolution_flops(

@@ -162,6 +162,38 @@ def test_links_of_a_group():
     assert scatter.seconds == pytest.approx(1024 * 1024 * 2 * 3 / 4 / (2 * CHIP.link_bandwidth))
 
 
+NESTED = """HloModule slices, is_scheduled=true
+
+%inner (p: f32[8,128], i: s32[]) -> f32[1,128] {
+  %p = f32[8,128]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,128]{1,0} dynamic-slice(%p, %i, %zero), dynamic_slice_sizes={1,128}
+}
+
+%outer (q: f32[8,128], j: s32[], r: f32[1,128]) -> f32[1,128] {
+  %q = f32[8,128]{1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %r = f32[1,128]{1,0} parameter(2)
+  %row = f32[1,128]{1,0} fusion(%q, %j), kind=kLoop, calls=%inner
+  ROOT %sum = f32[1,128]{1,0} add(%row, %r)
+}
+
+ENTRY %main (a: f32[8,128], k: s32[], b: f32[1,128]) -> f32[1,128] {
+  %a = f32[8,128]{1,0} parameter(0)
+  %k = s32[] parameter(1)
+  %b = f32[1,128]{1,0} parameter(2)
+  ROOT %out = f32[1,128]{1,0} fusion(%a, %k, %b), kind=kLoop, calls=%outer
+}
+"""
+
+
+def test_slices_in_nested_fusions_are_all_that_is_read():
+    """One row of eight, the other operand, the index, and the result."""
+    found = step_cost(parse_hlo(NESTED), TPU, DEVICES)
+    assert found.exposed_hbm == pytest.approx((3 * 128 * 4 + 4) / CHIP.hbm_bandwidth)
+
+
 def test_text_that_is_no_program():
     with pytest.raises(ValueError, match="no entry computation"):
         parse_hlo("error")
