@@ -37,6 +37,7 @@ train() { # STAGE UPDATES [more settings]
     run "$python" -m st4vla_jax.train --config="configs/tabletop.py:stage$stage" \
         --workdir="$out/stage$stage" --config.steps="$updates" \
         --config.save_every="$((updates / 2))" --config.evaluation.every="$updates" \
+        --config.data.tokenizer="$out/data/tokenizer" \
         --config.data.sets.grounding.path="$out/data/grounding/records.jsonl" \
         --config.data.sets.grounding.images="$out/data/grounding" "$@"
 }
