@@ -35,7 +35,7 @@ from st4vla_jax.models.lora import LORA_A, LORA_B, add_lora, lora_problems
 from st4vla_jax.models.st4vla import ST4VLA
 from st4vla_jax.optim import Optimizer, coverage_problems
 from st4vla_jax.resume import FINGERPRINT, TRAINABLE, compare_runs, find_checkpoint, init_problems
-from st4vla_jax.sharding import make_mesh, param_shardings, unbox
+from st4vla_jax.sharding import make_mesh, param_shardings, platform_problems, unbox
 from st4vla_jax.state import Params, TrainState, leaves_by_path, split
 from st4vla_jax.train_checkpoints import FOLDER, TrainCheckpoints, complete_steps
 from st4vla_jax.train_config import PARTS, TrainConfig
@@ -122,6 +122,8 @@ def prepare(config: TrainConfig, workdir: Path | str, flags: RunFlags = RunFlags
     abstract = mesh and not problems and attempt(
         problems, lambda: abstract_state(boxed, optimizer, mesh, config)
     )  # fmt: skip
+    if mesh:
+        problems += platform_problems(boxed, mesh, config.runtime.rules)
     folders, base = _sources(config, workdir, abstract, problems)
     settings = _data_settings(config, base)
     # Without a mesh the data are opened all the same: what is wrong with them is told too.

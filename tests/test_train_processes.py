@@ -103,19 +103,28 @@ def test_a_process_with_another_config_is_named(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(1, 4, 1), (2, 2, 1), (1, 2, 2)])
-@pytest.mark.parametrize("left", [1, 2])
-def test_four_processes_then_fewer(mesh, left, place, whole):
-    """Each with a device; the tensor axis makes pairs read the same sequences."""
-    if left == 2 and mesh != (1, 4, 1):
-        pytest.skip("one mesh is enough for the second count")
+@pytest.mark.parametrize(
+    ("mesh", "count", "left"),
+    [((1, 4, 1), 4, 1), ((1, 4, 1), 4, 2), ((2, 2, 1), 4, 1), ((1, 2, 2), 2, 1)],
+)
+def test_more_processes_then_fewer(mesh, count, left, place, whole):
+    """Four devices in all; a tensor axis lies inside a process, as it does in a TPU host."""
     folder, args = place
-    name = f"four_{'_'.join(map(str, mesh))}_{left}"
+    name = f"{count}_{'_'.join(map(str, mesh))}_{left}"
     sizes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
-    step, output = stopped(args(name, **SAVE_ALL, **sizes), folder / name, 4, 1)
-    assert "mesh data {} x fsdp {} x tensor {}, 4 process(es)".format(*mesh) in output
+    step, output = stopped(args(name, **SAVE_ALL, **sizes), folder / name, count, 4 // count)
+    expected = "mesh data {} x fsdp {} x tensor {}, {} process(es)".format(*mesh, count)
+    assert expected in output
     resumed(args(name, **SAVE_ALL), step, left)
     assert_same_run(folder / name, whole)
+
+
+def test_a_tensor_axis_over_cpu_processes_is_refused(place):
+    _, args = place
+    with runs.together(args("tensor", **{"mesh.tensor": 2}), 2, 1) as processes:
+        ends = [runs.finish(process, 120) for process in processes]
+    assert [status for status, _ in ends] == [1, 1], ends
+    assert all("mesh.tensor: a tensor axis over several CPU processes" in o for _, o in ends), ends
 
 
 @pytest.mark.slow
