@@ -43,7 +43,8 @@ META = "meta/meta.json"
 STATISTICS = "dataset_statistics.json"
 PASSTHROUGH = "passthrough.safetensors"
 HF_CONFIG = "hf_config.json"
-_PARAMS = "params"
+PARAMS = "params"
+EMA = "ema"  # moving averages of the trained ones, in a training run's checkpoint
 TREE = "_METADATA"  # the file that makes a folder an Orbax tree
 # A parameter in the messages of TensorStore: the key of its metadata or of one of its chunks.
 _NAMED = re.compile(r'"([^"/]+)/(?:zarr\.json|c/)')
@@ -204,7 +205,7 @@ def write_checkpoint(
       CheckpointError: ``out`` is taken.
     """
     with new_folder(out, META, overwrite) as work:
-        _write_leaves(work / _PARAMS, leaves)
+        _write_leaves(work / PARAMS, leaves)
         for name, content in files.items():
             target = work / "meta" / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -271,7 +272,7 @@ def read_meta(directory: Path | str) -> Meta:
       CheckpointError: no checkpoint there, an incomplete one, or one of a newer format.
     """
     directory = Path(directory)
-    missing = [n for n in (META, f"{_PARAMS}/{TREE}") if not (directory / n).is_file()]
+    missing = [n for n in (META, f"{PARAMS}/{TREE}") if not (directory / n).is_file()]
     if missing:
         raise CheckpointError(f"{directory}: no complete checkpoint, lacks {', '.join(missing)}")
     try:
@@ -292,9 +293,9 @@ def read_meta(directory: Path | str) -> Meta:
         raise CheckpointError(f"{directory / META}: {error}") from None
 
 
-def param_shapes(directory: Path | str) -> dict[str, jax.ShapeDtypeStruct]:
-    """{path: shape and dtype} of the parameters, without reading them."""
-    return tree_shapes(_params_folder(directory))
+def param_shapes(directory: Path | str, item: str = PARAMS) -> dict[str, jax.ShapeDtypeStruct]:
+    """{path: shape and dtype} of the parameters, or of their moving average, without reading."""
+    return tree_shapes(_tree_folder(directory, item))
 
 
 def tree_shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -308,10 +309,10 @@ def tree_shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def read_leaf(directory: Path | str, path: str) -> np.ndarray:
+def read_leaf(directory: Path | str, path: str, item: str = PARAMS) -> np.ndarray:
     """Reads one parameter; raises CheckpointError if it is absent or damaged."""
     args = nested([(path, ocp.RestoreArgs(np.ndarray))])
-    value = restore_tree(_params_folder(directory), args, path)
+    value = restore_tree(_tree_folder(directory, item), args, path)
     for name in path.split("/"):
         value = value[name]
     if not isinstance(value, np.ndarray):  # Orbax gives back the placeholder of an absent one
@@ -360,7 +361,7 @@ def read_params(
             tree,
             shardings,
         )
-    return restore_tree(_params_folder(directory), tree, ", ".join(sorted(wanted)))
+    return restore_tree(_tree_folder(directory, PARAMS), tree, ", ".join(sorted(wanted)))
 
 
 def restore_tree(folder: Path, restore_args: dict[str, Any], what: str) -> dict[str, Any]:
@@ -392,8 +393,8 @@ def _reading(folder: Path, what: str) -> Iterator[None]:
         ) from error
 
 
-def _params_folder(directory: Path | str) -> Path:
-    folder = Path(directory).absolute() / _PARAMS
+def _tree_folder(directory: Path | str, item: str) -> Path:
+    folder = Path(directory).absolute() / item
     if not (folder / TREE).is_file():
-        raise CheckpointError(f"{directory}: no complete checkpoint, lacks {_PARAMS}/{TREE}")
+        raise CheckpointError(f"{directory}: no complete checkpoint, lacks {item}/{TREE}")
     return folder

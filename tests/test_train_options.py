@@ -6,10 +6,12 @@ import shutil
 import numpy as np
 import pytest
 
-from convert_weights import to_torch
-from st4vla_jax.checkpoint import iter_params
+from convert_weights import averaged, to_torch
+from st4vla_jax.checkpoint import iter_params, read_meta
+from st4vla_jax.evaluate import run_config
 from st4vla_jax.metrics import read_metrics
 from st4vla_jax.models.lora import merged_kernel
+from st4vla_jax.resume import find_checkpoint
 from st4vla_jax.train_checkpoints import complete_steps
 from tests.reference import runs
 
@@ -101,11 +103,32 @@ def test_the_average_is_one(adapted):
         np.testing.assert_allclose(after[path], want, rtol=0, atol=rounding, err_msg=path)
 
 
+def test_averaged_weights_become_a_checkpoint(tmp_path, adapted, capsys):
+    command = ["--checkpoint", str(adapted[1]), "--out", str(tmp_path / "policy")]
+    assert averaged.main(command) == 0
+    stored, found = runs.arrays(adapted[1], runs.STEPS), dict(iter_params(tmp_path / "policy"))
+    assert {f"params/{path}" for path in found} == {p for p in stored if p.startswith("params/")}
+    means = [path for path in found if f"ema/{path}" in stored]
+    assert any(np.any(found[path] != stored[f"params/{path}"]) for path in means)
+    for path, value in found.items():
+        want = stored[f"ema/{path}" if path in means else f"params/{path}"]
+        np.testing.assert_array_equal(value, want, err_msg=path)
+    assert read_meta(tmp_path / "policy") == read_meta(find_checkpoint(adapted[1]))
+    assert run_config(tmp_path / "policy") == run_config(find_checkpoint(adapted[1]))
+    assert averaged.main(command) == 1 and "already there" in capsys.readouterr().err
+
+
+def test_a_run_without_averages(tmp_path, whole, capsys):
+    assert averaged.main(["--checkpoint", str(whole), "--out", str(tmp_path / "policy")]) == 1
+    assert "keeps no moving average; train with optim.ema" in capsys.readouterr().err
+
+
 def test_export_folds_the_adapters(tmp_path, adapted):
     from safetensors.numpy import load_file
 
     folder = adapted[1] / f"checkpoints/{runs.STEPS:08d}"
-    command = ["--checkpoint", str(folder), "--out", str(tmp_path / "hf"), "--format", "hf"]
+    command = ["--checkpoint", str(folder), "--out", str(tmp_path / "hf"), "--format", "hf",
+               "--allow-custom-sizes"]  # fmt: skip
     assert to_torch.main(command) == 0
     found = {}
     for file in (tmp_path / "hf").glob("*.safetensors"):
