@@ -18,7 +18,7 @@ from st4vla_jax.config import ModelConfig
 from st4vla_jax.data.image import arrange
 from st4vla_jax.data.layout import COSTS, lay_out
 from st4vla_jax.data.packing import Capacity, RobotArrays, Row, pack
-from st4vla_jax.data.transforms import Encoded, mrope_positions
+from st4vla_jax.data.transforms import Encoded, of_tokens
 
 Packed = tuple[Encoded, RobotArrays | None]
 
@@ -99,18 +99,7 @@ class Mixture:
         # The last ids are special: padding and image placeholders.
         tokens = rng.integers(0, self.cfg.text.vocab_size - 16, text + cells).astype(np.int32)
         slots = arrange([rng.integers(0, 256, (height, width, 3), dtype=np.uint8)])
-        vision_index = np.full(len(tokens), -1, np.int32)
-        vision_index[is_image] = slots.cells[0]
-        answer = np.arange(len(tokens) - targets, len(tokens))
-        return Encoded(
-            tokens=tokens,
-            positions=mrope_positions(is_image, slots.grids),
-            vision_index=vision_index,
-            slots=slots,
-            target_index=(answer - 1).astype(np.int32),
-            targets=tokens[answer],
-            target_weight=np.ones(targets, np.float32),
-        )
+        return of_tokens(tokens, is_image, slots, np.arange(len(tokens) - targets, len(tokens)))
 
 
 def pad_id(cfg: ModelConfig) -> int:

@@ -167,10 +167,23 @@ def encode(
     repeats[ids == tokenizer.image_pad] = [rows * cols for rows, cols in slots.grids]
     tokens, supervised = np.repeat(ids, repeats), np.repeat(supervised, repeats)
     is_image = tokens == tokenizer.image_pad
+    return of_tokens(tokens, is_image, slots, np.flatnonzero(supervised & supervise), group)
+
+
+def of_tokens(
+    tokens: np.ndarray, is_image: np.ndarray, slots: VisionSlots, answer: np.ndarray, group: int = 0
+) -> Encoded:
+    """A sample from its tokens.
+
+    Args:
+      tokens: i32[n].
+      is_image: bool[n], tokens that merged cells of the images replace, in the order of ``slots``.
+      slots: the images.
+      answer: i64[m] positions of the tokens to predict.
+      group: see `Encoded`.
+    """
     vision_index = np.full(len(tokens), -1, np.int32)
     vision_index[is_image] = np.concatenate([np.empty(0, np.int32), *slots.cells])
-
-    answer = np.flatnonzero(supervised & supervise)
     return Encoded(
         tokens=tokens,
         positions=mrope_positions(is_image, slots.grids),

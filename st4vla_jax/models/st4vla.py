@@ -238,22 +238,6 @@ class ST4VLA:
         _, condition = self.encode(params, batch)
         return self.denoise(params, condition, noise[None], cfg_scale, num_steps)[0]
 
-    def sample_chunks(
-        self,
-        params: Params,
-        batch: Batch,
-        noise: Array,
-        cfg_scale: float = 1.5,
-        num_steps: int = 10,
-    ) -> Array:
-        """As `sample_actions` for S noises f32[S,B,K,C,A], encoding the batch once.
-
-        Returns:
-          f32[S,B,K,C,A] normalised actions, not clipped.
-        """
-        _, condition = self.encode(params, batch)
-        return self.denoise(params, condition, noise, cfg_scale, num_steps)
-
     def denoise(
         self,
         params: Params,
