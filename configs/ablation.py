@@ -26,9 +26,10 @@ def get_config(part: str = "decay") -> ConfigDict:
         sets["grounding"] = grounding_set("grounding", ROOT)
     config = make_config(part in STAGES, **sets)
     config.data.tokenizer = f"{ROOT}/tokenizer"
-    config.data.schedule.tokens = 256
+    config.data.schedule.tokens = 128
     if part in STAGES:
         return config
+    config.data.schedule.update({"robot_samples": 16, "grounding_samples": 8})
     config.model.bridge.update({"state_dim": 7, "gradient_scale": 0.5 if part == "decay" else 1.0})
     if part in ("vanilla_vla", "cotrain"):
         config.data.prompts = ("none",)

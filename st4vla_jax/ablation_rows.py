@@ -22,6 +22,7 @@ HELD_OUT = tuple(split for split in SPLITS if split not in ("train", IN_DISTRIBU
 DOMAINS = {"generic": "generic", "robot": "grounding"}  # of questions -> folder of a data set
 STAGES = ("stage0", "stage1")
 RUN = "run"  # workdir below a stage's or row's folder
+FINAL, SPLITS_FOLDER = "final", "splits"  # of a row's closed loops, in distribution and of the rest
 
 
 class AblationError(ValueError):
@@ -38,7 +39,7 @@ class Budget:
       curve: checkpoints of a row that are asked for boxes, evenly spaced, the last among them.
       records: questions of a test, of each domain.
       rollouts: closed-loop episodes of each task in distribution; of each other split, a quarter.
-      tasks: of the closed loop.
+      tasks: of the demonstrations and of the closed loop.
     """
 
     episodes: int
@@ -181,21 +182,23 @@ class Plan:
         step = getattr(self.budget, name) if name in STAGES else step or self.budget.row
         return self.out / name / RUN / CHECKPOINTS / f"{step:08d}"
 
-    def asked(self, name: str) -> dict[int, dict[str, Path]]:
-        """Step -> domain -> folder of its answers; a stage has the step 0 of rows' curves."""
+    def answers(self, name: str) -> dict[str, dict[int, Path]]:
+        """Domain -> step -> folder of a stage's or row's answers.
+
+        A stage's are step 0 of the rows that start from it.  Generic questions, which nothing but
+        stage 0 teaches in all rows, are asked along the way, those of robot scenes at the end.
+        """
         folder = self.out / name
         if name in STAGES:
-            return {0: {domain: folder / domain for domain in DOMAINS}}
-        return {
-            step: {domain: folder / f"{domain}_{step:08d}" for domain in DOMAINS}
-            for step in self.budget.steps
-        }
+            return {domain: {0: folder / domain} for domain in DOMAINS}
+        generic = {step: folder / f"generic_{step:08d}" for step in self.budget.steps}
+        return {"generic": generic, "robot": {self.budget.row: folder / FINAL}}
 
     def _data(self) -> Iterator[Job]:
         budget = self.budget
         make = (*_python("st4vla_jax.tabletop.dataset"), "--out")
         train = ("--episodes", budget.episodes, "--grounding", budget.grounding)
-        train += ("--generic", budget.generic)
+        train += ("--generic", budget.generic, "--tasks", *budget.tasks)
         test = ("--grounding", budget.records, "--generic", budget.records)
         test += ("--seed", 1, "--split", IN_DISTRIBUTION)
         yield _job("data/train", *make, self.out / "data/train", *train)
@@ -205,22 +208,24 @@ class Plan:
         if name == "stage1" or self.stage0 is None:
             start = "stage0" if name == "stage1" else ""
             yield self._train(name, name, start, getattr(self.budget, name), 1, {})
-        yield from self._questions(name)
+        for domain, steps in self.answers(name).items():
+            yield self._evaluate(name, None, steps[0], "grounding", *self._questions(domain))
 
     def _row(self, row: Row) -> Iterator[Job]:
         budget = self.budget
         yield self._train(row.name, row.part, row.start, budget.row, budget.curve, row.settings)
-        yield from self._questions(row.name)
-        for name, splits, episodes in (
-            ("in_distribution", (IN_DISTRIBUTION,), budget.rollouts),
-            ("held_out", HELD_OUT, max(1, budget.rollouts // 4)),
-        ):
-            known = [s for s in splits if any(s in splits_of(task) for task in budget.tasks)]
-            yield _job(
-                f"{row.name}/{name}", *_python("st4vla_jax.evaluate"), "--suite", "tabletop",
-                "--checkpoint", self.checkpoint(row.name), "--out", self.out / row.name / name,
-                "--tasks", *budget.tasks, "--splits", *known, "--episodes", episodes,
-            )  # fmt: skip
+        for step, out in self.answers(row.name)["generic"].items():
+            yield self._evaluate(row.name, step, out, "grounding", *self._questions("generic"))
+        folder, loop = self.out / row.name, ("--tasks", *budget.tasks, "--splits")
+        known = [s for s in HELD_OUT if any(s in splits_of(task) for task in budget.tasks)]
+        yield self._evaluate(
+            row.name, None, folder / FINAL, "grounding", "tabletop", *self._questions("robot"),
+            *loop, IN_DISTRIBUTION, "--episodes", budget.rollouts,
+        )  # fmt: skip
+        yield self._evaluate(
+            row.name, None, folder / SPLITS_FOLDER, "tabletop", *loop, *known,
+            "--episodes", max(1, budget.rollouts // 4),
+        )  # fmt: skip
 
     def _train(
         self, name: str, part: str, start: str, updates: int, saves: int, more: Mapping[str, float]
@@ -243,19 +248,21 @@ class Plan:
             *(f"--config.{key}={value}" for key, value in (settings | dict(more)).items()),
         )  # fmt: skip
 
-    def _questions(self, name: str) -> Iterator[Job]:
-        for step, domains in self.asked(name).items():
-            for domain, out in domains.items():
-                test, train = (
-                    self.out / "data" / part / DOMAINS[domain] / "records.jsonl"
-                    for part in ("test", "train")
-                )
-                yield _job(
-                    f"{name}/{out.name}", *_python("st4vla_jax.evaluate"), "--suite", "grounding",
-                    "--checkpoint", self.checkpoint(name, step), "--out", out, "--name", domain,
-                    "--data", test, "--prior", train, "--images", test.parent,
-                    "--batch-size", 32, "--max-new-tokens", 48,
-                )  # fmt: skip
+    def _evaluate(self, name: str, step: int | None, out: Path, *words: object) -> Job:
+        return _job(
+            f"{name}/{out.name}", *_python("st4vla_jax.evaluate"), "--checkpoint",
+            self.checkpoint(name, step), "--out", out, "--suite", *words,
+        )  # fmt: skip
+
+    def _questions(self, domain: str) -> tuple[object, ...]:
+        test, train = (
+            self.out / "data" / part / DOMAINS[domain] / "records.jsonl"
+            for part in ("test", "train")
+        )
+        return (
+            "--name", domain, "--data", test, "--prior", train, "--images", test.parent,
+            "--batch-size", 32, "--max-new-tokens", 48,
+        )  # fmt: skip
 
 
 def _grounding_of(part: str) -> tuple[str, ...]:

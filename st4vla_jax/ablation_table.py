@@ -13,7 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from st4vla_jax.ablation_rows import DOMAINS, IN_DISTRIBUTION, RUN, Plan, Row
+from st4vla_jax.ablation_rows import (
+    DOMAINS,
+    FINAL,
+    IN_DISTRIBUTION,
+    RUN,
+    SPLITS_FOLDER,
+    Plan,
+    Row,
+)
 from st4vla_jax.ablation_run import seconds
 from st4vla_jax.data.tfds_write import write_json
 from st4vla_jax.eval.grounding import IOU_THRESHOLD
@@ -74,13 +82,15 @@ class RowResult:
 def read_row(plan: Plan, row: Row) -> RowResult:
     """Reads the files that the row's jobs wrote."""
     folder = plan.out / row.name
-    steps = plan.asked(row.start) | plan.asked(row.name)
+    start, own = plan.answers(row.start), plan.answers(row.name)
     boxes = {
-        domain: {step: read_boxes(folders[domain], domain) for step, folders in steps.items()}
+        domain: {
+            step: read_boxes(path, domain) for step, path in (start[domain] | own[domain]).items()
+        }
         for domain in DOMAINS
     }
     episodes: dict[Any, bool] = {}
-    for name in ("in_distribution", "held_out"):
+    for name in (FINAL, SPLITS_FOLDER):
         for line in _lines(folder / name / EPISODES_FILE):
             episodes[line["task"], line["split"], line["seed"]] = line["success"]
     metrics = read_metrics(folder / RUN) if (folder / RUN / METRICS_FILE).is_file() else []

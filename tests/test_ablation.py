@@ -16,6 +16,7 @@ from configs import ablation as config_file
 from st4vla_jax import ablation
 from st4vla_jax.ablation_rows import (
     BUDGETS,
+    DOMAINS,
     HELD_OUT,
     ROWS,
     STAGES,
@@ -54,7 +55,7 @@ def test_rows_differ_where_they_should_and_nowhere_else():
     trees = {part: plain(config_file.get_config(part)) for part in config_file.ROWS}
     for part, tree in trees.items():
         assert TrainConfig.from_dict(tree).without_effect() == [], part
-        assert tree["data"]["schedule"]["robot_samples"] == 24
+        assert tree["data"]["schedule"]["robot_samples"] == 16
         assert (tree["steps"], tree["seed"]) == (trees["decay"]["steps"], 0)
     scales = {part: tree["model"]["bridge"]["gradient_scale"] for part, tree in trees.items()}
     assert scales == {part: 0.5 if part == "decay" else 1.0 for part in trees}
@@ -81,7 +82,7 @@ def test_jobs_come_after_what_they_need():
         "stage0/robot",
     ]
     assert names.index("stage1/train") < names.index("vanilla_vla/train")
-    rows = [name.split("/")[0] for name in names if name.endswith("/in_distribution")]
+    rows = [name.split("/")[0] for name in names if name.endswith("/final")]
     assert rows == list(ROWS)
     for row in ROWS:
         own = settings(found[f"{row}/train"])
@@ -90,8 +91,8 @@ def test_jobs_come_after_what_they_need():
         assert own["init.checkpoint"].endswith(f"{ROWS[row].start}/run/checkpoints/00000004")
         asked = [name for name in names if name.startswith(f"{row}/generic_")]
         assert asked == [f"{row}/generic_00000002", f"{row}/generic_00000004"]
-        assert found[f"{row}/held_out"][-2:] == ("--episodes", str(SMOKE.rollouts // 4))
-        assert set(HELD_OUT) <= set(found[f"{row}/held_out"])
+        assert found[f"{row}/splits"][-2:] == ("--episodes", str(SMOKE.rollouts // 4))
+        assert set(HELD_OUT) <= set(found[f"{row}/splits"])
     starts = {row.name: row.start for row in ROWS.values()}
     assert starts == dict.fromkeys(ROWS, "stage0") | {"full": "stage1", "frozen": "stage1"}
 
@@ -227,27 +228,24 @@ def test_other_settings_are_refused(tmp_path):
 
 
 def write_row(plan, row, won, hit):
-    """What a row's jobs leave: ``won`` successes of 40 per split, ``hit`` hits of 20 by step."""
+    """What a row's jobs leave: ``won`` of 40 episodes a split, ``hit[step]`` of 20 boxes."""
     folder = plan.out / row.name
-    for name, splits in (("in_distribution", ("val",)), ("held_out", ("paraphrase", "spatial"))):
+    for name, splits in (("final", ("val",)), ("splits", ("paraphrase", "spatial"))):
         lines = [
             {"task": "reach", "split": split, "seed": seed, "success": seed < won}
             for split in splits
             for seed in range(40)
         ]
         write_lines(folder / name / "episodes.jsonl", lines)
-    for number, (_, domains) in enumerate(
-        sorted((plan.asked(row.start) | plan.asked(row.name)).items())
-    ):
-        for domain, out in domains.items():
+    start, own = plan.answers(row.start), plan.answers(row.name)
+    for domain in DOMAINS:
+        for step, out in (start[domain] | own[domain]).items():
+            record = f"/d/{domain}.jsonl:"
             lines = [
-                {
-                    "record": f"/d/{domain}.jsonl:{i}",
-                    "values": {"iou": [0.5 if i < hit[number] else 0.4]},
-                }
+                {"record": f"{record}{i}", "values": {"iou": [0.5 if i < hit[step] else 0.4]}}
                 for i in range(20)
             ]
-            lines.append({"record": f"/d/{domain}.jsonl:99", "values": {"exact": [1.0]}})
+            lines.append({"record": f"{record}99", "values": {"exact": [1.0]}})
             write_lines(out / f"grounding_{domain}.jsonl", lines)
     metrics = [{"step": 2, "loss/action": 0.5}, {"step": 4, "align/pss": 0.25}]
     metrics.append({"step": 4, "align/pss": "NaN"})
@@ -262,8 +260,8 @@ def write_lines(path, lines):
 @pytest.fixture
 def written(tmp_path):
     plan, rows = Plan(tmp_path, SMOKE), chosen_rows(["vanilla_vla", "decay"])
-    write_row(plan, rows[0], 10, (14, 6, 2))
-    write_row(plan, rows[1], 18, (14, 13, 12))
+    write_row(plan, rows[0], 10, {0: 14, 2: 6, 4: 2})
+    write_row(plan, rows[1], 18, {0: 14, 2: 13, 4: 12})
     return plan, rows
 
 
@@ -273,7 +271,7 @@ def test_the_table_says_what_the_files_say(written):
     assert vanilla.success(held_out=False) == Rate(10, 40)
     assert decay.success(held_out=True) == Rate(36, 80)
     assert decay.by(1) == {s: Rate(18, 40) for s in ("paraphrase", "spatial", "val")}
-    assert {step: sum(hits.values()) for step, hits in vanilla.boxes["robot"].items()} == {
+    assert {step: sum(hits.values()) for step, hits in vanilla.boxes["generic"].items()} == {
         0: 14, 2: 6, 4: 2,
     }  # fmt: skip
     header, cells = table([vanilla, decay])
@@ -291,7 +289,7 @@ def test_the_table_says_what_the_files_say(written):
 
 def test_differences_that_chance_explains_are_no_order(written):
     plan, rows = written
-    write_row(plan, rows[1], 13, (14, 13, 2))
+    write_row(plan, rows[1], 13, {0: 14, 2: 13, 4: 2})
     told = orderings([read_row(plan, row) for row in rows])
     assert told[0] == "success in distribution: decay 0.33 ~ vanilla_vla 0.25"
     assert told[1].endswith("vanilla_vla 0.10 ~ decay 0.10")
