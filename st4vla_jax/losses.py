@@ -8,7 +8,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from st4vla_jax.sharding import Rules, constrain
+from st4vla_jax.models.layers import whole_table
+from st4vla_jax.sharding import Rules, table_axes
 
 Array = jax.Array
 
@@ -58,9 +59,10 @@ def next_token_nll(
 ) -> Array:
     """Negative log-likelihood of each target, without the logits [B,M,V] in memory.
 
-    Forward and backward go over the vocabulary in n tiles; tile j holds the ids i * n + j, so that
-    a vocabulary split over the mesh stays split inside each tile.  Tiles over tokens instead would
-    gather the table once a tile.  Matmuls in hidden's dtype with f32 accumulation.
+    Forward and backward go over the vocabulary in tiles; tiles over tokens instead would gather the
+    table once a tile.  On a mesh each device gathers the rows of the table that it lacks, once, and
+    scores its own tokens; a vocabulary split over the tensor axis stays split.  Matmuls in hidden's
+    dtype with f32 accumulation.
 
     Args:
       hidden: [B,M,D] states that predict.
@@ -77,13 +79,30 @@ def next_token_nll(
     """
     if tile < 1:
         raise ValueError(f"tile {tile} must be at least 1")
-    vocab = table.shape[0]
+    table = table.astype(hidden.dtype)  # cast before it travels
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _tiled_nll(tile, (), hidden, table, targets)
+    whole, split = table_axes(rules)
+
+    def local(hidden, table, targets):
+        if whole:
+            table = whole_table(table, whole)
+        if split:
+            targets = targets - jax.lax.axis_index(split) * len(table)
+        return _tiled_nll(tile, split, hidden, table, targets)
+
+    batch = rules.spec(("batch",))
+    specs = (batch, rules.param_spec(("vocab", "vocab_embed")), batch)
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=batch, check_vma=False)
+    return mapped(hidden, table, targets)
+
+
+def _tiles(table: Array, tile: int) -> Array:
+    """[V,D] -> [n,V/n,D], padded where n does not divide V."""
+    vocab = len(table)
     num_tiles = _num_tiles(vocab, tile)
-    # Width unsharded, in the compute dtype, before the loop: gathered once, not once a tile.
-    table = constrain(table.astype(hidden.dtype), rules, "act_vocab", "act_embed")
-    table = jnp.pad(table, ((0, -vocab % num_tiles), (0, 0)))
-    table = table.reshape(-1, num_tiles, table.shape[-1])
-    return _tiled_nll(vocab, rules, hidden, table, targets)
+    return jnp.pad(table, ((0, -vocab % num_tiles), (0, 0))).reshape(num_tiles, -1, table.shape[1])
 
 
 def _num_tiles(vocab: int, tile: int) -> int:
@@ -93,58 +112,69 @@ def _num_tiles(vocab: int, tile: int) -> int:
     return min(near, key=lambda n: abs(math.log(n / want)), default=want)
 
 
-def _tile_logits(hidden, table, j, vocab, rules):
+def _tile_logits(hidden, tiles, j, vocab):
     """Tile j's logits f32[B,M,V/n] and kernel [V/n,D]; ids past the vocabulary never win."""
-    rows, num_tiles, _ = table.shape
-    kernel = jax.lax.dynamic_index_in_dim(table, j, axis=1, keepdims=False)
+    num_tiles, rows, _ = tiles.shape
+    kernel = jax.lax.dynamic_index_in_dim(tiles, j, keepdims=False)
     logits = jnp.einsum("bmd,vd->bmv", hidden, kernel, preferred_element_type=jnp.float32)
-    logits = constrain(logits, rules, "batch", "act_seq", "act_vocab")
     if rows * num_tiles > vocab:
-        logits = jnp.where(jnp.arange(rows) * num_tiles + j < vocab, logits, _LOWEST)
+        logits = jnp.where(j * rows + jnp.arange(rows) < vocab, logits, _LOWEST)
     return logits, kernel
 
 
-def _is_target(targets, j, rows, num_tiles):
+def _is_target(targets, j, rows, vocab):
     """bool[B,M,V/n]: the one entry of tile j, if any, that holds the target."""
-    inside = jnp.where(targets % num_tiles == j, targets // num_tiles, -1)
-    return inside[..., None] == jnp.arange(rows)
+    own = jnp.where((targets >= 0) & (targets < vocab), targets - j * rows, -1)
+    return own[..., None] == jnp.arange(rows)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _tiled_nll(vocab, rules, hidden, table, targets):
-    """Shapes: hidden [B,M,D], table [V/n,n,D], targets i32[B,M] -> f32[B,M]."""
-    return _tiled_nll_fwd(vocab, rules, hidden, table, targets)[0]
+def _tiled_nll(tile, split, hidden, table, targets):
+    """One device's part: hidden [B,M,D], table [V,D], targets i32[B,M] -> f32[B,M].
+
+    ``split`` are the mesh axes over which the vocabulary is split; ids are counted from the first
+    of the device's own.
+    """
+    return _tiled_nll_fwd(tile, split, hidden, table, targets)[0]
 
 
-def _tiled_nll_fwd(vocab, rules, hidden, table, targets):
-    rows, num_tiles, _ = table.shape
+def _tiled_nll_fwd(tile, split, hidden, table, targets):
+    tiles, vocab = _tiles(table, tile), len(table)
+    num_tiles, rows, _ = tiles.shape
 
     def body(j, state):
         top, total, picked = state
-        logits, _ = _tile_logits(hidden, table, j, vocab, rules)
+        logits, _ = _tile_logits(hidden, tiles, j, vocab)
         new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
         total = total * jnp.exp(top - new_top)
         total = total + jnp.sum(jnp.exp(logits - new_top[..., None]), axis=-1)
-        # A sum over a comparison, since a gather along a split vocabulary would gather logits.
-        hit = _is_target(targets, j, rows, num_tiles)
+        # A sum over a comparison: a gather of single entries is slow on TPUs.
+        hit = _is_target(targets, j, rows, vocab)
         return new_top, total, picked + jnp.sum(jnp.where(hit, logits, 0), axis=-1)
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
     top, total, picked = jax.lax.fori_loop(
         0, num_tiles, body, (jnp.full_like(zeros, _LOWEST), zeros, zeros)
     )
+    if split:
+        highest = jax.lax.pmax(top, split)
+        total, picked = jax.lax.psum((total * jnp.exp(top - highest), picked), split)
+        top = highest
     log_norm = top + jnp.log(total)
     return log_norm - picked, (hidden, table, targets, log_norm)
 
 
-def _tiled_nll_bwd(vocab, rules, residuals, grad):
+def _tiled_nll_bwd(tile, split, residuals, grad):
     hidden, table, targets, log_norm = residuals
-    rows, num_tiles, _ = table.shape
+    tiles, vocab = _tiles(table, tile), len(table)
+    num_tiles, rows, _ = tiles.shape
+    if split:  # shard_map hands each of the devices that share a result a part of its gradient
+        grad = jax.lax.psum(grad, split)
 
     def body(j, state):
-        grad_hidden, grad_table = state
-        logits, kernel = _tile_logits(hidden, table, j, vocab, rules)
-        hit = _is_target(targets, j, rows, num_tiles)
+        grad_hidden, grad_tiles = state
+        logits, kernel = _tile_logits(hidden, tiles, j, vocab)
+        hit = _is_target(targets, j, rows, vocab)
         grad_logits = (jnp.exp(logits - log_norm[..., None]) - hit) * grad[..., None]
         grad_logits = grad_logits.astype(hidden.dtype)
         grad_hidden += jnp.einsum(
@@ -154,14 +184,15 @@ def _tiled_nll_bwd(vocab, rules, residuals, grad):
             "bmv,bmd->vd", grad_logits, hidden, preferred_element_type=jnp.float32
         )
         # Each tile is written once, so its rows need no accumulator in f32.
-        grad_table = jax.lax.dynamic_update_index_in_dim(
-            grad_table, grad_kernel.astype(table.dtype), j, axis=1
+        grad_tiles = jax.lax.dynamic_update_index_in_dim(
+            grad_tiles, grad_kernel.astype(tiles.dtype), j, axis=0
         )
-        return grad_hidden, grad_table
+        return grad_hidden, grad_tiles
 
-    grad_hidden, grad_table = jax.lax.fori_loop(
-        0, num_tiles, body, (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(table))
+    grad_hidden, grad_tiles = jax.lax.fori_loop(
+        0, num_tiles, body, (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(tiles))
     )
+    grad_table = grad_tiles.reshape(-1, table.shape[1])[:vocab]
     return grad_hidden.astype(hidden.dtype), grad_table, None
 
 

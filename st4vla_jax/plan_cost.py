@@ -24,7 +24,7 @@ from st4vla_jax.plan_hlo import COLLECTIVES, Instruction, Module, groups_of
 _FREE = (
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "opt-barrier", "copy-done", "copy-start",
-    "add-dependency",
+    "add-dependency", "call-start", "call-done",
 )  # fmt: skip
 
 
@@ -186,8 +186,9 @@ class _Model:
                     begun.update(() if goes_on else (inner.channel,))
             if instruction.opcode.endswith("-done"):
                 start = self._by_name[instruction.operands[0]]
-                if start.channel in spans:
-                    spans[start.channel].append(number)
+                for inner in self._module.inside(start):
+                    if inner.channel in spans:
+                        spans[inner.channel].append(number)
         left = [self._duration(i) for i in schedule]
         for channel in [channel for channel in spans if channel in begun]:
             numbers = spans[channel]

@@ -108,8 +108,8 @@ class Module:
         return max([1, *bounds])
 
     def inside(self, instruction: Instruction) -> Iterator[Instruction]:
-        """The instructions of a fusion, fusions in it included; of another one itself."""
-        if instruction.opcode != "fusion":
+        """What is in a fusion, nested ones included, or in what a SparseCore runs; else itself."""
+        if instruction.opcode not in ("fusion", "call-start"):
             yield instruction
             return
         for called in instruction.called():

@@ -38,7 +38,8 @@ DEFAULT_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("act_vocab", ("tensor",)),
     # language model; Qwen2.5-VL-3B has 2 key/value heads, so they stay whole
     ("layers", ()),
-    ("vocab", ("tensor",)),
+    ("vocab", ("tensor", "fsdp")),
+    ("vocab_embed", ()),
     ("embed", ("fsdp",)),
     ("heads", ("tensor",)),
     ("kv_heads", ()),
@@ -86,6 +87,15 @@ class Rules:
                 )
         return Rules(tuple(table.items()))
 
+    def without(self, axis: str) -> Rules:
+        """The table with a mesh axis taken out of every entry but the batch's."""
+        return Rules(
+            tuple(
+                (name, axes if name == "batch" else tuple(a for a in axes if a != axis))
+                for name, axes in self.table
+            )
+        )
+
     def mesh_axes(self, name: str | None) -> tuple[str, ...]:
         """Mesh axes of one logical name; None is never sharded.  Raises on unknown names."""
         if name is None:
@@ -110,6 +120,16 @@ class Rules:
                 used[axis] = name
             entries.append(axes[0] if len(axes) == 1 else (axes or None))
         return PartitionSpec(*entries)
+
+    def param_spec(self, names: Sequence[str | None]) -> PartitionSpec:
+        """As `spec`, for a parameter: vectors (norms, biases) are not sliced by fsdp.
+
+        Gathering one takes longer than its bytes do, and holds up the gathers that matter.
+        """
+        spec = self.spec(names)
+        if len([name for name in names if name != "layers"]) > 1:
+            return spec
+        return PartitionSpec(*(None if entry == "fsdp" else entry for entry in spec))
 
 
 @struct.dataclass
@@ -165,6 +185,22 @@ def make_mesh(
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def is_sharded() -> bool:
+    """Whether the mesh of `jax.set_mesh` cuts parameters along fsdp."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["fsdp"] > 1
+
+
+def table_axes(rules: Rules) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Axes of `jax.set_mesh` that cut the vocabulary: those that cut the batch too, and the others.
+
+    Along the first a table must be gathered to be read, along the others it may stay split.
+    """
+    mesh, batch = jax.sharding.get_abstract_mesh(), rules.mesh_axes("batch")
+    axes = [axis for axis in rules.mesh_axes("vocab") if mesh.shape[axis] > 1]
+    return tuple(a for a in axes if a in batch), tuple(a for a in axes if a not in batch)
+
+
 def constrain(x: jax.Array, rules: Rules, *names: str | None) -> jax.Array:
     """Constrains an activation to its logical layout under the mesh of `jax.set_mesh`.
 
@@ -193,12 +229,12 @@ def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
             problems.append(f"{where}: has no logical axis names")
             return None
         try:
-            spec = rules.spec(box.names)
+            spec = rules.param_spec(box.names)
         except ShardingError as e:
             problems.append(f"{where}: {e}")
             return None
-        for size, name in zip(box.value.shape, box.names, strict=True):
-            axes = rules.mesh_axes(name)
+        for size, name, entry in zip(box.value.shape, box.names, spec, strict=True):
+            axes = (entry,) if isinstance(entry, str) else entry or ()
             parts = math.prod(mesh.shape[a] for a in axes)
             if size % parts:
                 problems.append(
@@ -238,19 +274,3 @@ def narrow_slices(
                     f"--config.mesh.rules={{'{name}': ()}} keeps it whole on every device"
                 ] = None
     return tuple(narrow), list(problems)
-
-
-def platform_problems(boxed: Any, mesh: Mesh, rules: Rules) -> list[str]:
-    """What the collectives of the mesh's own platform cannot do, or only slowly."""
-    platform = mesh.devices.flat[0].platform
-    if platform == "tpu":
-        return narrow_slices(boxed, mesh, rules)[1]
-    # jax 0.10.2: 4 processes with mesh 1,2,2 took the train step's collectives in different orders
-    # ("Received data size doesn't match"); with the tensor axis inside a process all is well.
-    groups = mesh.devices.reshape(-1, mesh.shape["tensor"])
-    if platform == "cpu" and any(len({d.process_index for d in group}) > 1 for group in groups):
-        return [
-            "mesh.tensor: a tensor axis over several CPU processes fails in gloo; keep it inside a "
-            "process (more devices each) or make it 1"
-        ]
-    return []

@@ -117,7 +117,7 @@ def test_a_vocabulary_split_over_the_mesh_stays_split():
             jax.device_put(x, jax.sharding.NamedSharding(mesh, RULES.spec(names)))
             for x, names in (
                 (hidden, ("batch", None, None)),
-                (table, ("vocab", "embed")),
+                (table, ("vocab", "vocab_embed")),
                 (targets, ("batch", None)),
             )
         ]
@@ -126,7 +126,7 @@ def test_a_vocabulary_split_over_the_mesh_stays_split():
     np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
     for a, b in zip(got[1], want[1], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    # The table's width is gathered once, before the two loops over tiles.
+    # The table's rows are gathered once, before the two loops over tiles.
     text = compiled.as_text()
     assert text.count(" all-gather(") == 1
     loops = [
@@ -134,8 +134,8 @@ def test_a_vocabulary_split_over_the_mesh_stays_split():
     ]
     assert len(loops) == 2
     for loop in loops:
-        assert "all-reduce(" in loop and "all-gather(" not in loop
-        assert "f32[32,8,8]" in loop  # 512 ids = 8 tiles of 64 rows, 32 on each half of `tensor`
+        assert "all-reduce(" not in loop and "all-gather(" not in loop
+        assert "f32[4,64,8]" in loop  # 256 ids on each half of `tensor`: 4 tiles of 64
 
 
 def test_masked_squared_error_ignores_masked_entries():

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from st4vla_jax.sharding import Axes, is_axes
+from st4vla_jax.sharding import Axes, Rules, is_axes, table_axes
 
 Init = Callable[..., jax.Array]
 Params = Any
@@ -118,11 +118,11 @@ class Linear(nn.Module):
 
 
 class Embed(nn.Module):
-    """Token embedding table [V,D] with logical axes (vocab, embed)."""
+    """Token embedding table [V,D] with logical axes (vocab, vocab_embed)."""
 
     num_embeddings: int
     features: int
-    axes: tuple[str | None, ...] = ("vocab", "embed")
+    axes: tuple[str | None, ...] = ("vocab", "vocab_embed")
     param_dtype: Any = jnp.float32
     embedding_init: Init = normal_init(0.02)
 
@@ -193,20 +193,58 @@ def gather_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(lambda row, i: jnp.take(row, i, axis=0, mode="clip"))(x, index)
 
 
+def whole_table(table: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """All rows of a table that is cut along mesh axes, in the body of a shard_map."""
+    # Along a new axis: the TPU compiler does not scatter the gradient of 151,936 rows otherwise.
+    return jax.lax.all_gather(table, axes).reshape(-1, table.shape[-1])
+
+
+def take_rows(table: jax.Array, ids: jax.Array, rules: Rules) -> jax.Array:
+    """Rows of an embedding table [V,D] in its layout: ids i32[B,T] -> [B,T,D].
+
+    On a mesh each device gathers the rows that it lacks and looks up its own tokens, so that the
+    gradient is summed where the table lies: left to the partitioner, it is summed whole on every
+    device.  An id outside the vocabulary gives NaN, not a neighbour's embedding.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return jnp.take(table, ids, axis=0)
+    whole, split = table_axes(rules)
+
+    def local(table, ids):
+        if whole:
+            table = whole_table(table, whole)
+        if not split:
+            return jnp.take(table, ids, axis=0)
+        own, rows = ids - jax.lax.axis_index(split) * len(table), len(table)
+        found = jnp.take(table, jnp.clip(own, 0, rows - 1), axis=0)
+        inside = (own >= 0) & (own < rows)
+        found = jax.lax.psum(jnp.where(inside[..., None], found, 0), split)
+        known = (ids >= 0) & (ids < rows * jax.lax.axis_size(split))
+        return jnp.where(known[..., None], found, jnp.nan)
+
+    batch = rules.spec(("batch",))
+    specs = (rules.param_spec(("vocab", "vocab_embed")), batch)
+    return jax.shard_map(local, in_specs=specs, out_specs=batch, check_vma=False)(table, ids)
+
+
 # --- Scanned stacks -----------------------------------------------------------------------------
 # Blocks of a stack are applied as pure functions of one slice of a stacked parameter tree.  This
 # instead of nn.scan, because a bridge over several layers scans static slices of the language
 # model's stack while its own blocks ride along (DESIGN.md section 6).
 
+# "full_keep_weights" is "full", but where weights are sharded, those that the decoder gathers for
+# the forward pass are kept for the backward pass (models/prefetch.py).
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "full_keep_weights": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
 def remat(fn: Callable, policy: str) -> Callable:
-    """`jax.checkpoint` by policy name ("none", "full", "dots"), for the body of a scan."""
+    """`jax.checkpoint` by a name in REMAT_POLICIES, for the body of a scan."""
     if policy == "none":
         return fn
     # prevent_cse is only needed outside of scan, where XLA could merge the recomputation.
@@ -234,6 +272,11 @@ class Stack(nn.Module):
             tree = self._init_stack(self.make_rng("params"))
             return {name: self.param(name, lambda _, v=value: v) for name, value in tree.items()}
         return dict(self.variables["params"])
+
+    def axes(self) -> tuple[tuple[str | None, ...], ...]:
+        """Logical names of one block's leaves, in the order of `jax.tree.leaves`."""
+        tree = jax.eval_shape(self.block.init, jax.random.key(0), *self.example)["params"]
+        return tuple(box.names for box in jax.tree.leaves(tree, is_leaf=is_axes))
 
     def _init_stack(self, key: jax.Array) -> Params:
         args = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.example)

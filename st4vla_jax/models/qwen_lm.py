@@ -19,9 +19,19 @@ from st4vla_jax.config import Runtime, TextConfig
 from st4vla_jax.models import kv_cache
 from st4vla_jax.models.attention import attention, segment_mask
 from st4vla_jax.models.kv_cache import KVCache
-from st4vla_jax.models.layers import Embed, Linear, RMSNorm, Stack, layer_slice, scan_blocks
+from st4vla_jax.models.layers import (
+    Embed,
+    Linear,
+    Params,
+    RMSNorm,
+    Stack,
+    layer_slice,
+    scan_blocks,
+    take_rows,
+)
 from st4vla_jax.models.mrope import RotaryTables, rotary_tables, rotate
-from st4vla_jax.sharding import constrain
+from st4vla_jax.models.prefetch import Layout, scan_prefetched
+from st4vla_jax.sharding import constrain, is_sharded
 
 Array = jax.Array
 
@@ -194,11 +204,8 @@ class LanguageModel(nn.Module):
         An id outside the vocabulary gives NaN, not a neighbour's embedding.
         """
         table = self.embed_tokens().astype(self.rt.dtypes.compute)
-        # Width unsharded before the take: otherwise the partitioner replicates activations.
-        table = constrain(table, self.rt.rules, "act_vocab", "act_embed")
-        return constrain(
-            jnp.take(table, tokens, axis=0), self.rt.rules, "batch", "act_seq", "act_embed"
-        )
+        embeds = take_rows(table, tokens, self.rt.rules)
+        return constrain(embeds, self.rt.rules, "batch", "act_seq", "act_embed")
 
     def __call__(
         self,
@@ -257,6 +264,10 @@ class LanguageModel(nn.Module):
                 self.rt.attention, x.dtype, self.cfg.head_dim, segment_ids, segment_ids, True
             )
 
+        rides = tap is not None and tap.start < depth and tap.end > 1
+        if cache is None and not rides and self._prefetches(stack):
+            return self._run_prefetched(block, stack, x, (rope, segment_ids, mask)), carry, cache
+
         def body(state, inputs):
             x, carry, cache = state
             params, layer, tap_x = inputs
@@ -267,7 +278,7 @@ class LanguageModel(nn.Module):
 
         # Block i (from 0) outputs id i + 1, but the last block's raw output has no id.
         first = last = depth
-        if tap is not None and tap.start < depth and tap.end > 1:
+        if rides:
             first, last = max(tap.start, 1) - 1, min(tap.end, depth) - 1
         state = (x, carry, cache)
         for start, stop in ((0, first), (first, last), (last, depth)):
@@ -280,3 +291,18 @@ class LanguageModel(nn.Module):
             inputs = (layer_slice(stack, start, stop), jnp.arange(start, stop), ridden)
             state = scan_blocks(body, state, inputs, self.rt.remat)
         return state
+
+    def _prefetches(self, stack: Params) -> bool:
+        """Whether weights are sharded, all of them a block's own (no adapters), and recomputed."""
+        if not is_sharded() or self.rt.remat not in ("full", "full_keep_weights"):
+            return False
+        return len(jax.tree.leaves(stack)) == len(self.blocks.axes())
+
+    def _run_prefetched(self, block: DecoderBlock, stack: Params, x: Array, consts: Any) -> Array:
+        def apply(x, params, consts):
+            rope, segment_ids, mask = consts
+            return block.apply({"params": params}, x, rope, segment_ids, mask=mask)[0]
+
+        layout = Layout(self.blocks.axes(), self.rt.rules, self.rt.dtypes.compute)
+        keep = self.rt.remat == "full_keep_weights"
+        return scan_prefetched(apply, x, stack, consts, layout, keep)

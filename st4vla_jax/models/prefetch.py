@@ -1,0 +1,122 @@
+"""Scanned blocks whose weights travel while another block computes, for sharded weights (FSDP).
+
+In a plain scan a block's weights are gathered in the round that computes with them: its first
+product waits for its first gather, and the compiler moves nothing over the edge of a loop's round.
+Here each round gathers the weights of the block that comes next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from st4vla_jax.sharding import Rules
+
+Array = jax.Array
+Params = Any
+Apply = Callable[[Array, Params, Any], Array]
+
+_constrain = jax.lax.with_sharding_constraint
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one block's weights lie on the mesh of `jax.set_mesh`.
+
+    Attributes:
+      axes: logical names of each leaf, in the order of `jax.tree.leaves`.
+      rules: of the mesh; dtype: of the matmuls, in which weights and gradients travel.
+    """
+
+    axes: tuple[tuple[str | None, ...], ...]
+    rules: Rules
+    dtype: Any
+
+    def gather(self, stack: Params, layer: Array | int) -> Params:
+        """Block ``layer`` of a stack, whole along fsdp."""
+        leaves, tree = jax.tree.flatten(stack)
+        whole, found = self.rules.without("fsdp"), []
+        for leaf, names in zip(leaves, self.axes, strict=True):
+            own = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False).astype(self.dtype)
+            own = _constrain(own, self.rules.param_spec(names))  # sliced and cast before it travels
+            found.append(_constrain(own, whole.param_spec(names)))
+        return jax.tree.unflatten(tree, found)
+
+    def scatter(self, grads: Params) -> Params:
+        """Gradients of a block, summed where its parameters lie."""
+        leaves, tree = jax.tree.flatten(grads)
+        pairs = zip(leaves, self.axes, strict=True)
+        return jax.tree.unflatten(
+            tree, [_constrain(g, self.rules.param_spec(names)) for g, names in pairs]
+        )
+
+
+def scan_prefetched(
+    apply: Apply, x: Array, stack: Params, consts: Any, layout: Layout, keep: bool
+) -> Array:
+    """Applies the blocks of a stack in order; the backward pass computes all of a block again.
+
+    One gather of a block's weights too many is made, in each direction.
+
+    Args:
+      apply: (x, weights of one block, consts) -> x.
+      x: [B,...].
+      stack: parameters, each leaf [length,...].
+      consts: what all blocks read; gets no gradient.
+      layout: of one block.
+      keep: keeps the gathered weights for the backward pass, which then gathers none.
+    """
+    return _scan(apply, layout, keep, x, stack, consts)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _scan(apply, layout, keep, x, stack, consts):
+    return _forward(apply, layout, keep, x, stack, consts)[0]
+
+
+def _last(stack: Params) -> int:
+    return len(jax.tree.leaves(stack)[0]) - 1
+
+
+def _forward(apply, layout, keep, x, stack, consts):
+    last = _last(stack)
+
+    def body(carry, layer):
+        x, weights = carry
+        following = layout.gather(stack, jnp.minimum(layer + 1, last))
+        return (apply(x, weights, consts), following), (x, weights if keep else None)
+
+    carry = (x, layout.gather(stack, 0))
+    (x, _), saved = jax.lax.scan(body, carry, jnp.arange(last + 1))
+    return x, (saved, stack, consts)
+
+
+def _backward(apply, layout, keep, residuals, grad):
+    (inputs, kept), stack, consts = residuals
+    last = _last(stack)
+
+    def weights_of(layer):
+        if not keep:
+            return layout.gather(stack, layer)
+        return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False), kept)
+
+    def body(carry, xs):
+        grad, weights = carry
+        x, layer = xs
+        before = weights_of(jnp.maximum(layer - 1, 0))
+        _, pullback = jax.vjp(lambda x, w: apply(x, w, consts), x, weights)
+        grad, own = pullback(grad)
+        own = jax.tree.map(lambda g, p: g.astype(p.dtype), layout.scatter(own), stack)
+        return (grad, before), own
+
+    carry, xs = (grad, weights_of(last)), (inputs, jnp.arange(last + 1))
+    (grad, _), grads = jax.lax.scan(body, carry, xs, reverse=True)
+    return grad, grads, None
+
+
+_scan.defvjp(_forward, _backward)
