@@ -274,3 +274,19 @@ def narrow_slices(
                     f"--config.mesh.rules={{'{name}': ()}} keeps it whole on every device"
                 ] = None
     return tuple(narrow), list(problems)
+
+
+def platform_problems(boxed: Any, mesh: Mesh, rules: Rules) -> list[str]:
+    """What the collectives of the mesh's own platform cannot do, or only slowly."""
+    platform = mesh.devices.flat[0].platform
+    if platform == "tpu":
+        return narrow_slices(boxed, mesh, rules)[1]
+    # jax 0.10.2: 4 processes with mesh 1,2,2 took the train step's collectives in different orders
+    # ("Received data size doesn't match"); with the tensor axis inside a process all is well.
+    groups = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    if platform == "cpu" and any(len({d.process_index for d in group}) > 1 for group in groups):
+        return [
+            "mesh.tensor: a tensor axis over several CPU processes fails in gloo; keep it inside a "
+            "process (more devices each) or make it 1"
+        ]
+    return []
