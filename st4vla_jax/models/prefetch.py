@@ -59,12 +59,12 @@ class Layout:
 def scan_prefetched(
     apply: Apply, x: Array, stack: Params, consts: Any, layout: Layout, keep: bool
 ) -> Array:
-    """Applies the blocks of a stack in order; the backward pass computes all of a block again.
+    """Applies the blocks of a stack in order.
 
     One gather of a block's weights too many is made, in each direction.
 
     Args:
-      apply: (x, weights of one block, consts) -> x.
+      apply: (x, weights of one block, consts) -> x, rematerialised as it should be.
       x: [B,...].
       stack: parameters, each leaf [length,...].
       consts: what all blocks read; gets no gradient.
@@ -79,6 +79,18 @@ def _scan(apply, layout, keep, x, stack, consts):
     return _forward(apply, layout, keep, x, stack, consts)[0]
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+    """Stands for a value of a pullback that is not kept for each block."""
+
+    index: int
+
+
+def _is_shared(x: Any) -> bool:
+    return isinstance(x, _Shared)
+
+
 def _last(stack: Params) -> int:
     return len(jax.tree.leaves(stack)[0]) - 1
 
@@ -89,32 +101,34 @@ def _forward(apply, layout, keep, x, stack, consts):
     def body(carry, layer):
         x, weights = carry
         following = layout.gather(stack, jnp.minimum(layer + 1, last))
-        return (apply(x, weights, consts), following), (x, weights if keep else None)
+        out, pullback = jax.vjp(lambda x, w: apply(x, w, consts), x, weights)
+        shared = jax.tree.leaves((consts, None if keep else weights))
+        indices = {id(value): _Shared(i) for i, value in enumerate(shared)}
+        return (out, following), jax.tree.map(lambda v: indices.get(id(v), v), pullback)
 
     carry = (x, layout.gather(stack, 0))
-    (x, _), saved = jax.lax.scan(body, carry, jnp.arange(last + 1))
-    return x, (saved, stack, consts)
+    (x, _), pullbacks = jax.lax.scan(body, carry, jnp.arange(last + 1))
+    return x, (pullbacks, stack, consts)
 
 
 def _backward(apply, layout, keep, residuals, grad):
-    (inputs, kept), stack, consts = residuals
+    pullbacks, stack, consts = residuals
     last = _last(stack)
-
-    def weights_of(layer):
-        if not keep:
-            return layout.gather(stack, layer)
-        return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False), kept)
 
     def body(carry, xs):
         grad, weights = carry
-        x, layer = xs
-        before = weights_of(jnp.maximum(layer - 1, 0))
-        _, pullback = jax.vjp(lambda x, w: apply(x, w, consts), x, weights)
-        grad, own = pullback(grad)
+        pullback, layer = xs
+        before = None if keep else layout.gather(stack, jnp.maximum(layer - 1, 0))
+        shared = jax.tree.leaves((consts, weights))
+        whole = jax.tree.map(
+            lambda v: shared[v.index] if _is_shared(v) else v, pullback, is_leaf=_is_shared
+        )
+        grad, own = whole(grad)
         own = jax.tree.map(lambda g, p: g.astype(p.dtype), layout.scatter(own), stack)
         return (grad, before), own
 
-    carry, xs = (grad, weights_of(last)), (inputs, jnp.arange(last + 1))
+    carry = (grad, None if keep else layout.gather(stack, last))
+    xs = (pullbacks, jnp.arange(last + 1))
     (grad, _), grads = jax.lax.scan(body, carry, xs, reverse=True)
     return grad, grads, None
 

@@ -26,6 +26,7 @@ from st4vla_jax.models.layers import (
     RMSNorm,
     Stack,
     layer_slice,
+    remat,
     scan_blocks,
     take_rows,
 )
@@ -293,16 +294,15 @@ class LanguageModel(nn.Module):
         return state
 
     def _prefetches(self, stack: Params) -> bool:
-        """Whether weights are sharded, all of them a block's own (no adapters), and recomputed."""
-        if not is_sharded() or self.rt.remat not in ("full", "full_keep_weights"):
-            return False
-        return len(jax.tree.leaves(stack)) == len(self.blocks.axes())
+        """Whether weights are sharded, all of them a block's own (no adapters)."""
+        return is_sharded() and len(jax.tree.leaves(stack)) == len(self.blocks.axes())
 
     def _run_prefetched(self, block: DecoderBlock, stack: Params, x: Array, consts: Any) -> Array:
         def apply(x, params, consts):
             rope, segment_ids, mask = consts
             return block.apply({"params": params}, x, rope, segment_ids, mask=mask)[0]
 
+        apply = remat(apply, self.rt.remat)
         layout = Layout(self.blocks.axes(), self.rt.rules, self.rt.dtypes.compute)
         keep = self.rt.remat == "full_keep_weights"
         return scan_prefetched(apply, x, stack, consts, layout, keep)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from st4vla_jax.config import VLM_PRESETS
+from st4vla_jax.models import prefetch
 from st4vla_jax.models.qwen_lm import LanguageModel
 from st4vla_jax.runtime import FLOAT32
 from st4vla_jax.sharding import make_mesh, param_shardings, unbox
@@ -45,7 +46,7 @@ def one_device():
     return boxed, params, jax.jit(loss_of(model))(params, tokens, positions, segments)
 
 
-@pytest.mark.parametrize("remat,mesh", [("full", (2, 4, 1)), ("full_keep_weights", (2, 2, 2))])
+@pytest.mark.parametrize("remat,mesh", [("dots", (2, 4, 1)), ("full_keep_weights", (2, 2, 2))])
 def test_equal_to_a_plain_scan(one_device, remat, mesh):
     boxed, params, (want, want_grads) = one_device
     mesh, model = make_mesh(*mesh), decoder(remat)
@@ -67,6 +68,26 @@ def program(model, mesh, params):
 
     with jax.set_mesh(mesh):
         return str(jax.make_jaxpr(run)(params))
+
+
+@pytest.mark.parametrize("remat,kept", [("full", 1), ("dots", 7), ("full_keep_weights", 13)])
+def test_what_is_kept_for_the_backward_pass(one_device, remat, kept):
+    """A block's input; six products; or the twelve weights, gathered."""
+    found = []
+
+    def forward(*args):
+        out = prefetch._forward(*args)
+        found.append(jax.tree.leaves(out[1][0]))
+        return out
+
+    model, mesh = decoder(remat), make_mesh(2, 4, 1)
+    prefetch._scan.defvjp(forward, prefetch._backward)
+    try:
+        with jax.set_mesh(mesh):
+            jax.make_jaxpr(loss_of(model))(one_device[1], *inputs())
+    finally:
+        prefetch._scan.defvjp(prefetch._forward, prefetch._backward)
+    assert len(found[0]) == kept and all(len(x) == CFG.num_hidden_layers for x in found[0])
 
 
 def test_adapters_take_the_plain_scan(one_device):
