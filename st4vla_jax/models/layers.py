@@ -207,7 +207,9 @@ def take_rows(table: jax.Array, ids: jax.Array, rules: Rules) -> jax.Array:
     device.  An id outside the vocabulary gives NaN, not a neighbour's embedding.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    blocks = math.prod(mesh.shape[axis] for axis in rules.mesh_axes("batch") if not mesh.empty)
+    # Rows that the mesh does not divide: the one row that parameters are initialised with.
+    if mesh.empty or mesh.size == 1 or len(ids) % blocks:
         return jnp.take(table, ids, axis=0)
     whole, split = table_axes(rules)
 
