@@ -46,7 +46,12 @@ def make_config(is_vlm: bool, **sets: dict) -> ConfigDict:
     config = vlm_alone(config)
     config.data.schedule.grounding_samples = 32
     config.loss.text = 1.0
+    config.optim.warmup = 50
     config.optim.groups.vlm.lr = 1e-3
+    # The first updates teach how answers are written; the tower waits until it is asked.
+    config.optim.groups.vision = {
+        **config.optim.groups.vlm, "pattern": "vlm/visual/", "warmup": 200,
+    }  # fmt: skip
     return config
 
 

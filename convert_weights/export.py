@@ -53,10 +53,10 @@ def structural_problems(cfg: ModelConfig) -> list[str]:
 
 def vlm_problems(cfg: ModelConfig) -> list[str]:
     """What no Qwen2.5-VL computes: transformers would load the weights and say nothing."""
-    if cfg.vision.absolute_positions:
+    if cfg.vision.from_scratch:
         return [
-            "its vision tower adds absolute positions (vision.absolute_positions); transformers' "
-            "Qwen2.5-VL does not, and would give other features"
+            "its vision tower centres patches and adds absolute positions (vision.from_scratch); "
+            "transformers' Qwen2.5-VL does not, and would give other features"
         ]
     return []
 

@@ -166,8 +166,8 @@ def _config_problems(text: Mapping, vision: Mapping, rope: Mapping) -> list[str]
         for name, values in _SUPPORTED.items()
         if name in named and named[name] not in values
     ]
-    if type(vision.get("absolute_positions", False)) is not bool:
-        problems.append("vision_config.absolute_positions is neither true nor false")
+    if type(vision.get("from_scratch", False)) is not bool:
+        problems.append("vision_config.from_scratch is neither true nor false")
     for name in ("type", "rope_type"):
         if rope.get(name, "default") not in _ROPE_TYPES:
             problems.append(
@@ -221,8 +221,8 @@ def hf_config(
     vision_part = dataclasses.asdict(vision)
     for name in ("rms_norm_eps", "rope_theta"):  # fixed in HF's code
         del vision_part[name]
-    if not vision.absolute_positions:  # a choice that stock Qwen2.5-VL does not know
-        del vision_part["absolute_positions"]
+    if not vision.from_scratch:  # a choice that stock Qwen2.5-VL does not know
+        del vision_part["from_scratch"]
     flat = dataclasses.asdict(text)
     section = flat.pop("mrope_section")
     del flat["head_dim"]

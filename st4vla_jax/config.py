@@ -26,8 +26,8 @@ class VisionConfig:
     """Qwen2.5-VL vision tower (HF Qwen2_5_VLVisionConfig; names as there).
 
     Attributes:
-      absolute_positions: differs: add 2-D sine and cosine positions to the patches, without which
-        a tower from scratch takes far longer to say where something is; no Qwen2.5-VL has them.
+      from_scratch: differs: for towers that learn from nothing (`qwen_vision.from_scratch_stem`);
+        no Qwen2.5-VL is built so.
     """
 
     depth: int = 32
@@ -43,7 +43,7 @@ class VisionConfig:
     out_hidden_size: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    absolute_positions: bool = False
+    from_scratch: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -66,8 +66,9 @@ class VisionConfig:
             ),
             f"a window of {window} patches is not one bin of {VISION_BIN}": window != VISION_BIN,
             "spatial_merge_size must be 2": self.spatial_merge_size != 2,
-            f"absolute_positions need a hidden_size that is a multiple of 4, not "
-            f"{self.hidden_size}": self.absolute_positions and self.hidden_size % 4,
+            f"from_scratch: hidden_size {self.hidden_size} is no multiple of 4": (
+                self.from_scratch and self.hidden_size % 4
+            ),
         }
         return [f"vision: {text}" for text, bad in checks.items() if bad]
 
@@ -288,7 +289,7 @@ VLM_PRESETS: dict[str, tuple[VisionConfig, TextConfig]] = {
     "tabletop": (
         VisionConfig(
             depth=2, hidden_size=96, intermediate_size=192, num_heads=4,
-            fullatt_block_indexes=(1,), out_hidden_size=128, absolute_positions=True,
+            fullatt_block_indexes=(1,), out_hidden_size=128, from_scratch=True,
         ),
         TextConfig(
             vocab_size=768, hidden_size=128, intermediate_size=256, num_hidden_layers=2,

@@ -94,31 +94,29 @@ def test_export_says_what_upstream_does_otherwise(capsys, tmp_path):
     assert "note: the checkpoint does not say its training step" in printed
 
 
-def test_absolute_positions_are_refused_or_told_and_come_back(capsys, tmp_path):
+def test_a_tower_from_scratch_is_refused_or_told_and_come_back(capsys, tmp_path):
     """Loaded by transformers such weights would compute something else without a word."""
     cfg = model_config("tiny", None, None)
-    cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, absolute_positions=True))
+    cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, from_scratch=True))
     write_zeros(tmp_path / "c", cfg)
     byte_level_tokenizer().save(tmp_path / "c" / "meta" / "tokenizer")
     args = ["--checkpoint", str(tmp_path / "c"), "--out", str(tmp_path / "out"), "--format", "hf"]
     message = refused(capsys, tmp_path, *args)
     assert "no export to Hugging Face" in message
-    assert "vision.absolute_positions" in message and "--allow-custom-sizes" in message
+    assert "vision.from_scratch" in message and "--allow-custom-sizes" in message
     assert to_torch.main([*args, "--allow-custom-sizes"]) == 0
     assert "note: stock transformers cannot run it: its vision" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out/config.json").read_text())["vision_config"][
-        "absolute_positions"
-    ]
+    assert json.loads((tmp_path / "out/config.json").read_text())["vision_config"]["from_scratch"]
     assert read_folder(tmp_path / "out").vision == cfg.vision
 
 
-def test_a_stock_config_says_nothing_of_absolute_positions(tmp_path):
+def test_a_stock_config_says_nothing_of_it(tmp_path):
     cfg = model_config("tiny", None, None)
     hf = hf_config(cfg.vision, cfg.text)
-    assert "absolute_positions" not in hf["vision_config"]
+    assert "from_scratch" not in hf["vision_config"]
     assert config_from_hf(hf, "config.json")[0] == cfg.vision
-    hf["vision_config"]["absolute_positions"] = "yes"
-    with pytest.raises(ConversionError, match="absolute_positions is neither true nor false"):
+    hf["vision_config"]["from_scratch"] = "yes"
+    with pytest.raises(ConversionError, match="from_scratch is neither true nor false"):
         config_from_hf(hf, "config.json")
 
 

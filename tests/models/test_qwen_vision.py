@@ -148,8 +148,8 @@ def test_query_chunks_equal_hf(chunk):
 
 
 @pytest.mark.parity
-def test_absolute_positions_are_added_after_the_patch_embedding():
-    """HF's tower with positions, written out patch by patch, added to what its embedding gives."""
+def test_the_stem_from_scratch_follows_the_patch_embedding():
+    """HF's tower, its embedding centred on the image, times 3, plus positions patch by patch."""
     size, width = (140, 196), CFG.hidden_size
     model, params = reference()
     torch = pytest.importorskip("torch")
@@ -169,18 +169,19 @@ def test_absolute_positions_are_added_after_the_patch_embedding():
                 angle = at / 100 ** (k / quarter)
                 table[patch, 2 * quarter * axis + k] = np.sin(angle)
                 table[patch, 2 * quarter * axis + quarter + k] = np.cos(angle)
-    images = [noise(size)]
-    handle = model.patch_embed.register_forward_hook(lambda *a: a[2] + torch.from_numpy(table))
+    handle = model.patch_embed.register_forward_hook(
+        lambda *a: 3 * (a[2] - a[2].mean(0)) + torch.from_numpy(table)
+    )
+    images = [noise(size, 0), noise(size, 1) // 2]  # two in a row are centred apart
     try:
-        (theirs,) = hf_features(model, images)
+        expected = [hf_features(model, [image])[0] for image in images]
     finally:
         handle.remove()
-    inputs, ((row, cells),) = packed([[images]])
-    cfg = dataclasses.replace(CFG, absolute_positions=True)
-    ours = np.asarray(forward(cfg, FLOAT32, params, *inputs))[row, cells]
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
-    without = np.asarray(forward(CFG, FLOAT32, params, *inputs))[row, cells]
-    assert np.abs(ours - without).max() > 0.1
+    inputs, places = packed([[[images[0]], [images[1]]]])
+    cfg = dataclasses.replace(CFG, from_scratch=True)
+    ours = np.asarray(forward(cfg, FLOAT32, params, *inputs))
+    for (row, cells), theirs in zip(places, expected, strict=True):
+        np.testing.assert_allclose(ours[row, cells], theirs, rtol=0, atol=1e-4)
 
 
 # --- structure ----------------------------------------------------------------------------------
