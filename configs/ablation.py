@@ -27,6 +27,8 @@ def get_config(part: str = "decay") -> ConfigDict:
     config = make_config(part in STAGES, **sets)
     config.data.tokenizer = f"{ROOT}/tokenizer"
     config.data.schedule.tokens = 128
+    if part == "stage1":
+        config.optim.groups.vision.warmup = 50  # it has learned to see
     if part in STAGES:
         return config
     config.data.schedule.update({"robot_samples": 16, "grounding_samples": 8})

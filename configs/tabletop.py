@@ -15,17 +15,14 @@ ROOT = "data/tabletop"
 
 
 def grounding_set(name: str, root: str) -> dict:
-    return {
-        "kind": "grounding", "path": f"{root}/{name}/records.jsonl", "images": f"{root}/{name}",
-        "holdout": 0.1,
-    }  # fmt: skip
+    folder = f"{root}/{name}"
+    files = {"path": f"{folder}/records.jsonl", "images": folder}
+    return {"kind": "grounding", "holdout": 0.1, **files}
 
 
 def robot_set(root: str) -> dict:
-    return {
-        "kind": "rlds", "path": f"{root}/tabletop/1.0.0", "spec": "tabletop", "holdout": 0.1,
-        "views": ("primary", "wrist"),
-    }  # fmt: skip
+    path, views = f"{root}/tabletop/1.0.0", ("primary", "wrist")
+    return {"kind": "rlds", "path": path, "spec": "tabletop", "views": views, "holdout": 0.1}
 
 
 def make_config(is_vlm: bool, **sets: dict) -> ConfigDict:
@@ -47,11 +44,10 @@ def make_config(is_vlm: bool, **sets: dict) -> ConfigDict:
     config.data.schedule.grounding_samples = 32
     config.loss.text = 1.0
     config.optim.warmup = 50
-    config.optim.groups.vlm.lr = 1e-3
+    groups = config.optim.groups
+    groups.vlm.lr = 1e-3
     # The first updates teach how answers are written; the tower waits until it is asked.
-    config.optim.groups.vision = {
-        **config.optim.groups.vlm, "pattern": "vlm/visual/", "warmup": 200,
-    }  # fmt: skip
+    groups.vision = {**groups.vlm, "pattern": "vlm/visual/", "warmup": 200}
     return config
 
 

@@ -195,7 +195,7 @@ def test_relations_are_told_as_the_picture_shows_them(make):
         "in front of": (0, 1), "behind": (0, -1),
     }  # fmt: skip
     good = []
-    for index in range(150):
+    for index in range(200):
         example = make(0, index, kind="text" if make is generic_example else "relation")
         text, answer = example.turns[0].text, example.turns[1].text
         colours = re.findall("|".join(COLOURS), text)
