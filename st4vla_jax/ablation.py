@@ -2,8 +2,8 @@
 
 python -m st4vla_jax.ablation --out DIR --budget smoke|small|medium [--rows NAME ...]
     [--decay 1.0 0.5 0.1 0.0] [--ratio 1 5 10 20]
-    [--updates STAGE0 STAGE1 ROW] [--rollouts N] [--records N] [--tasks TASK ...]
-    [--stage0 CHECKPOINT]
+    [--updates STAGE0 STAGE1 ROW] [--data EPISODES GROUNDING GENERIC] [--curve N]
+    [--rollouts N] [--records N] [--tasks TASK ...] [--stage0 CHECKPOINT]
 
 Stage 0, once: a tiny VLM on generic scenes, the stand-in for Qwen2.5-VL.  Then each row at equal
 action updates and seeds: vanilla_vla (actions alone), cotrain (and grounding), prompt (and the
@@ -57,9 +57,11 @@ def ablation(args: argparse.Namespace) -> None:
 
 def chosen_budget(args: argparse.Namespace) -> Budget:
     """The named budget with the flags' changes."""
-    changes: dict[str, Any] = {"rollouts": args.rollouts, "records": args.records}
+    changes: dict[str, Any] = {k: getattr(args, k) for k in ("rollouts", "records", "curve")}
     if args.updates:
         changes |= dict(zip(("stage0", "stage1", "row"), args.updates, strict=True))
+    if args.data:
+        changes |= dict(zip(("episodes", "grounding", "generic"), args.data, strict=True))
     if args.tasks:
         changes["tasks"] = tuple(args.tasks)
     given = {name: value for name, value in changes.items() if value is not None}
@@ -79,6 +81,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--decay", nargs="+", type=float, default=[], help="more rows: full with this decay")
     add("--ratio", nargs="+", type=float, default=[], help="more rows: full, action : text loss")
     add("--updates", nargs=3, type=int, metavar=("STAGE0", "STAGE1", "ROW"))
+    add("--data", nargs=3, type=int, metavar=("EPISODES", "GROUNDING", "GENERIC"))
+    add("--curve", type=int, help="checkpoints of a row that are asked for boxes")
     add("--rollouts", type=int, help="closed-loop episodes of each task")
     add("--records", type=int, help="test questions of each domain")
     add("--tasks", nargs="+", choices=TASKS, metavar="TASK", help="of the closed loop")

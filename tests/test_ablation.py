@@ -145,8 +145,10 @@ def test_all_that_cannot_be_is_named():
 def test_command_line(tmp_path, capsys):
     args = ["--out", str(tmp_path / "x"), "--budget", "small"]
     parsed = ablation.parse_args([*args, "--updates", "5", "6", "10", "--records", "7"])
+    parsed.data = [8, 9, 11]
     budget = ablation.chosen_budget(parsed)
     assert (budget.stage0, budget.stage1, budget.row, budget.records) == (5, 6, 10, 7)
+    assert (budget.episodes, budget.grounding, budget.generic) == (8, 9, 11)
     assert budget.rollouts == BUDGETS["small"].rollouts
     assert ablation.main([*args, "--rows", "fulll"]) == 1
     assert "did you mean 'full'" in capsys.readouterr().err
