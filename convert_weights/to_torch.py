@@ -39,6 +39,7 @@ from st4vla_jax.checkpoint import (
     read_meta,
 )
 from st4vla_jax.data.image import IMAGE_MEAN, IMAGE_STD
+from st4vla_jax.resume import find_checkpoint
 
 MARKER = "export.json"  # tells a folder written here, which --overwrite may replace
 MAX_SHARD = 4 << 30
@@ -221,6 +222,7 @@ def _ordered(plan: dict) -> list[tuple[str, tuple[int, ...], np.dtype]]:
 
 def convert(args: argparse.Namespace) -> list[str]:
     """Runs the export; returns notes for the user."""
+    args.checkpoint = find_checkpoint(args.checkpoint)
     meta = read_meta(args.checkpoint)
     wants_upstream, wants_hf = args.format != "hf", args.format != "upstream"
     _check(args, meta, wants_upstream)
@@ -288,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m convert_weights.to_torch", description=__doc__.partition("\n")[0]
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, type=Path, help="checkpoint of this package")
+    add("--checkpoint", required=True, type=Path, help="checkpoint of this package, or a workdir")
     add("--out", required=True, type=Path, help="folder to make")
     add("--format", required=True, choices=("upstream", "hf", "both"))
     add("--safetensors", action="store_true", help="run folder with steps_N_model.safetensors")

@@ -21,6 +21,7 @@ from st4vla_jax.data.image import decode_image
 from st4vla_jax.data.sheet import COLOURS, draw_region
 from st4vla_jax.data.source import Region
 from st4vla_jax.policy.policy import ChatResult, Policy
+from st4vla_jax.resume import find_checkpoint
 
 
 def action(args: argparse.Namespace) -> None:
@@ -28,7 +29,8 @@ def action(args: argparse.Namespace) -> None:
     check_writable(args.out)
     images = [decode_image(path) for path in args.image]
     noise = None if args.noise is None else read_noise(args.noise)
-    policy = Policy.load(args.checkpoint)
+    checkpoint = find_checkpoint(args.checkpoint)
+    policy = Policy.load(checkpoint)
     result = policy.act(
         images,
         args.instruction,
@@ -55,7 +57,7 @@ def action(args: argparse.Namespace) -> None:
             "images": [str(path) for path in args.image],
             "cfg_scale": args.cfg_scale,
             "ddim_steps": args.ddim_steps,
-            "checkpoint": str(args.checkpoint),
+            "checkpoint": str(checkpoint),
             "timings_s": result.timings,
         },
     )
@@ -69,7 +71,7 @@ def chat(args: argparse.Namespace) -> None:
     if args.draw:
         check_writable(args.draw)
     images = [decode_image(path) for path in args.image]
-    policy = Policy.load(args.checkpoint)
+    policy = Policy.load(find_checkpoint(args.checkpoint))
     result = policy.chat(
         images,
         args.prompt,
@@ -137,7 +139,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--checkpoint", type=Path, required=True)
+    common.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="a checkpoint, or a workdir (its latest step)",
+    )
     common.add_argument(
         "--image", type=Path, action="append", default=[], help="repeat for more views, in order"
     )

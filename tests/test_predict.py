@@ -1,6 +1,7 @@
 """predict on a tiny checkpoint: what it writes, and how it refuses."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from st4vla_jax.data.normalize import ActionSpec
 from st4vla_jax.eval.parse import parse_answer
 from st4vla_jax.models.st4vla import ST4VLA
 from st4vla_jax.policy.policy import ChatResult, Policy, PolicyError
+from st4vla_jax.train_checkpoints import RUN
 from tests.reference.policy import PROMPT, TOKENIZER, random_params
 
 LIMITS = {"mean": 0.0, "std": 1.0, "max": 2.0, "min": -2.0, "q01": -0.5, "q99": 1.5}
@@ -134,6 +136,18 @@ def test_noise_that_is_none(checkpoint, images, tmp_path, capsys, noise, message
     assert run_action(checkpoint, images, out, *extra) == 1
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_workdir_stands_for_its_latest_step(checkpoint, images, tmp_path, capsys):
+    step = tmp_path / "run" / "checkpoints" / "00000007"
+    shutil.copytree(checkpoint, step)
+    (step / RUN).write_text("{}")  # its commit marker
+    out = tmp_path / "o.json"
+    assert run_action(tmp_path / "run", images, out, "--embodiment", "franka") == 0
+    assert json.loads(out.read_text())["checkpoint"] == str(step)
+    (step / RUN).unlink()
+    assert run_action(tmp_path / "run", images, out, "--embodiment", "franka") == 1
+    assert "no step in its checkpoints is complete" in capsys.readouterr().err
 
 
 def test_damaged_parameters_never_reach_a_robot(checkpoint, images):
