@@ -21,6 +21,7 @@ IN_DISTRIBUTION = "val"  # the training distribution under other seeds
 HELD_OUT = tuple(split for split in SPLITS if split not in ("train", IN_DISTRIBUTION))
 DOMAINS = {"generic": "generic", "robot": "grounding"}  # of questions -> folder of a data set
 STAGES = ("stage0", "stage1")
+CACHE = "compile_cache"  # jobs of one kind compile the same programs
 RUN = "run"  # workdir below a stage's or row's folder
 FINAL, SPLITS_FOLDER = "final", "splits"  # of a row's closed loops, in distribution and of the rest
 
@@ -233,7 +234,7 @@ class Plan:
         data = self.out / "data/train"
         settings = {
             "steps": updates, "save_every": updates // saves, "checkpoint.keep_last": saves,
-            "data.tokenizer": data / FOLDER,
+            "data.tokenizer": data / FOLDER, "log.cache_dir": self.out / CACHE,
         }  # fmt: skip
         for folder in _grounding_of(part):
             settings[f"data.sets.{folder}.path"] = data / folder / "records.jsonl"
@@ -259,10 +260,8 @@ class Plan:
             self.out / "data" / part / DOMAINS[domain] / "records.jsonl"
             for part in ("test", "train")
         )
-        return (
-            "--name", domain, "--data", test, "--prior", train, "--images", test.parent,
-            "--batch-size", 32, "--max-new-tokens", 48,
-        )  # fmt: skip
+        shapes = ("--batch-size", 32, "--max-new-tokens", 48)
+        return ("--name", domain, "--data", test, "--prior", train, *shapes)
 
 
 def _grounding_of(part: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from st4vla_jax.ablation_rows import AblationError, Job
+from st4vla_jax.ablation_rows import CACHE, AblationError, Job
 from st4vla_jax.data.tfds_write import write_json
 from st4vla_jax.distributed import RESTART_EXIT_CODE
 
@@ -81,8 +81,7 @@ def seconds(out: Path, name: str) -> float | None:
 
 def _run(job: Job, out: Path, log: Path) -> float:
     """Runs one job to its end; returns its seconds, which are kept if it does not get there."""
-    # Jobs of one kind compile the same programs.
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(out / "compile_cache"), "PYTHONUNBUFFERED": "1"}
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(out / CACHE), "PYTHONUNBUFFERED": "1"}
     start, finished = time.monotonic(), False
     with open(log, "a", encoding="utf-8") as output:
         process = subprocess.Popen(
