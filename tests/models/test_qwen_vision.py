@@ -204,6 +204,22 @@ def test_block_groups(depth, full, groups):
     assert kinds == [int(i in full) for i in range(depth)]
 
 
+def test_fresh_kernels_are_as_wide_as_their_inputs_ask():
+    """0.02 as Hugging Face's; from scratch 1 / sqrt(inputs), so that blocks do something."""
+    inputs = packed([[[noise((28, 28))]]], VISION_BIN)[0]
+    for is_fresh in (False, True):
+        cfg = dataclasses.replace(CFG, depth=1, fullatt_block_indexes=(), from_scratch=is_fresh)
+        init = jax.jit(VisionTower(cfg, FLOAT32).init)
+        params = unbox(init(jax.random.key(0), *inputs)["params"])
+        for kernel, fan_in in (
+            (params["blocks"]["attn"]["qkv"]["kernel"], 64),
+            (params["blocks"]["mlp"]["down_proj"]["kernel"], 96),
+            (params["merger"]["mlp_2"]["kernel"], 256),
+        ):
+            assert np.std(kernel) == pytest.approx(fan_in**-0.5 if is_fresh else 0.02, rel=0.05)
+        assert np.std(params["patch_embed"]["proj"]["kernel"]) == pytest.approx(0.02, rel=0.05)
+
+
 def abstract_params(cfg, rt=FLOAT32, slots=VISION_BIN):
     """Boxed parameter tree as ShapeDtypeStructs."""
     lead = (1, slots)
