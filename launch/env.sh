@@ -4,10 +4,18 @@
 # The flags are checked against the compiler by tests/launch/test_flags.py: one that it does not know
 # would stop every start.
 
-# TPU. Without these v5p runs every all-gather of the weights before the layer that needs it: its
-# compiler made no asynchronous pair of them in the 3B step, and 15 with them (v5e makes some anyway).
+# TPU, every generation.
 ST4VLA_TPU_FLAGS=(
-    # a collective is cut in steps that run beside the matmuls of the layer before
+    # Gradients of down_proj and o_proj, sliced along the lanes, are scattered like the others. Without
+    # these three they are summed whole on every chip, at twice the bytes.
+    --xla_tpu_assign_all_reduce_scatter_layout=true
+    --xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1
+    --xla_tpu_use_minor_sharding_for_major_trivial_input=true
+)
+
+# v4, v5e: the tensor core itself moves the data, in steps that are fused with matmuls.
+ST4VLA_TPU_FUSION_FLAGS=(
+    # a collective is cut in steps that run beside matmuls
     --xla_tpu_enable_async_collective_fusion=true
     # the same for all-gathers, which FSDP does for each weight, forward and backward
     --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
@@ -19,6 +27,19 @@ ST4VLA_TPU_FLAGS=(
     --xla_enable_async_all_gather=true
 )
 
+# v5p, v6e: their SparseCores move the data while the tensor core computes; every collective becomes
+# asynchronous, reduce-scatters and all-reduces too.
+ST4VLA_TPU_SPARSECORE_FLAGS=(
+    --xla_tpu_enable_sparse_core_collective_offload_all_gather=true
+    --xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true
+    --xla_tpu_enable_sparse_core_collective_offload_all_reduce=true
+    # what is fused with matmuls is not given to the SparseCores
+    --xla_tpu_enable_async_collective_fusion_fuse_all_gather=false
+    # the SparseCores take the tensor core's view of the slice, and work with both of its cores
+    --xla_tpu_use_tc_device_shape_on_sc=true
+    --xla_sc_disable_megacore_partitioning=true
+)
+
 # GPU.
 ST4VLA_GPU_FLAGS=(
     # moves collectives off the critical path: weights are gathered while the layer before computes
@@ -28,10 +49,20 @@ ST4VLA_GPU_FLAGS=(
     --xla_gpu_reduce_scatter_combine_threshold_bytes=134217728
 )
 
-# Adds this platform's flags before the user's own, which win: set_compiler_flags tpu|gpu|cpu
+# Adds this platform's flags before the user's own, which win: set_compiler_flags tpu|gpu|cpu [v5e|...]
+# A TPU's generation is found out, if it is not given.
 set_compiler_flags() {
+    local flags generation
     case $1 in
-        tpu) export LIBTPU_INIT_ARGS="${ST4VLA_TPU_FLAGS[*]}${LIBTPU_INIT_ARGS:+ $LIBTPU_INIT_ARGS}" ;;
+        tpu)
+            generation=${2:-$(detect_generation)}
+            case $generation in
+                v5p | v6e) flags=("${ST4VLA_TPU_FLAGS[@]}" "${ST4VLA_TPU_SPARSECORE_FLAGS[@]}") ;;
+                v4 | v5e) flags=("${ST4VLA_TPU_FLAGS[@]}" "${ST4VLA_TPU_FUSION_FLAGS[@]}") ;;
+                *) flags=("${ST4VLA_TPU_FLAGS[@]}") ;;
+            esac
+            export LIBTPU_INIT_ARGS="${flags[*]}${LIBTPU_INIT_ARGS:+ $LIBTPU_INIT_ARGS}"
+            ;;
         gpu) export XLA_FLAGS="${ST4VLA_GPU_FLAGS[*]}${XLA_FLAGS:+ $XLA_FLAGS}" ;;
         cpu) ;;
         *)
@@ -50,6 +81,20 @@ detect_platform() {
     else
         echo cpu
     fi
+}
+
+# Prints the generation of this host's TPU by its PCI identity (as jax does), or nothing.
+detect_generation() {
+    local device
+    for device in "${PCI_DEVICES:-/sys/bus/pci/devices}"/*; do
+        [[ $(cat "$device/vendor" 2>/dev/null) == 0x1ae0 ]] || continue
+        case $(cat "$device/device" 2>/dev/null) in
+            0x005e) echo v4 && return ;;
+            0x0062) echo v5p && return ;;
+            0x0063) echo v5e && return ;;
+            0x006f) echo v6e && return ;;
+        esac
+    done
 }
 
 # Runs a command, and again for as long as it ends with 75 ("saved, start me again") or 137 (killed by

@@ -14,7 +14,6 @@ not fit or cannot run.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -31,7 +30,7 @@ from st4vla_jax.config import ConfigError
 from st4vla_jax.plan_advice import advice
 from st4vla_jax.plan_compile import CompileError, OutOfMemoryError, compile_plan, launch_flags
 from st4vla_jax.plan_report import compiled_lines, compiled_report, report, table_lines
-from st4vla_jax.plan_setup import make_plan, parse_mesh
+from st4vla_jax.plan_setup import make_plan, mesh_config
 from st4vla_jax.plan_table import memory_table
 from st4vla_jax.train_config import TrainConfig
 
@@ -59,10 +58,7 @@ def main(argv: list[str]) -> int:
 
 
 def _plan() -> int:
-    config = TrainConfig.from_dict(_CONFIG.value)
-    if _MESH.value:
-        mesh = parse_mesh(_MESH.value, config.mesh.rules)
-        config = dataclasses.replace(config, mesh=mesh)
+    config = mesh_config(TrainConfig.from_dict(_CONFIG.value), _MESH.value)
     tpu = parse_slice(_TOPOLOGY.value, _SLICES.value) if _TOPOLOGY.value else None
     plan = make_plan(config, slice_devices(tpu) if tpu else _devices(config))
     table = memory_table(plan)
@@ -71,7 +67,7 @@ def _plan() -> int:
     compiled, refusal = None, ""
     if tpu and _COMPILE.value:
         try:
-            compiled = compile_plan(plan, tpu, launch_flags() | _options(_XLA.value))
+            compiled = compile_plan(plan, tpu, launch_flags(tpu.chip) | _options(_XLA.value))
         except OutOfMemoryError as error:
             refusal = str(error)
     if compiled:

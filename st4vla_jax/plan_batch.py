@@ -10,14 +10,15 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from st4vla_jax.batch import Batch
 from st4vla_jax.bench_mixture import GROUNDING, LEAD, ROBOT
 from st4vla_jax.data.image import arrange, smart_resize
 from st4vla_jax.data.members import Member
-from st4vla_jax.data.packing import RobotArrays, pack
-from st4vla_jax.data.schedule import Schedule
+from st4vla_jax.data.packing import Capacity, RobotArrays, pack
+from st4vla_jax.data.schedule import Schedule, ScheduleConfig
 from st4vla_jax.data.settings import DataSettings, open_pipeline
 from st4vla_jax.data.source import Lengths
 from st4vla_jax.data.transforms import Encoded, mrope_positions
@@ -67,22 +68,58 @@ def _paths(settings: DataSettings) -> Iterator[Path]:
         yield from map(Path, paths)
 
 
-def _typical_batch(config: TrainConfig, settings: DataSettings) -> PlannedBatch:
-    schedule = settings.schedule
+def padded_batches(config: TrainConfig, multiple: int) -> tuple[Batch, ...]:
+    """Shapes of an update's batches with one sample in a row: robot samples, grounding samples.
+
+    Rows are padded to the longest of their batch, and to a ``multiple``.  Each row has a place for
+    a target, since the usual step scores robot samples too.
+    """
+    schedule, batches = config.data.schedule, []
+    samples = [sample for _, kind in _kinds(config, schedule) for sample in kind]
+    counts = {True: schedule.robot_samples, False: schedule.grounding_samples}
+    for is_robot, count in counts.items():
+        rows = [[sample] for sample in samples if (sample[1] is not None) == is_robot]
+        if not rows:
+            continue
+        capacity = Capacity.fit(rows)
+        capacity = dataclasses.replace(capacity, targets=max(1, capacity.targets))
+        number = -(-count // multiple) * multiple
+        batches.append(
+            jax.tree.map(
+                lambda x, n=number: jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype),
+                pack(rows, capacity, pad_id=_pad_id(config)),
+            )
+        )
+    return tuple(batches)
+
+
+def _pad_id(config: TrainConfig) -> int:
+    return config.model.text.vocab_size - _PADDING
+
+
+def _kinds(config: TrainConfig, schedule: ScheduleConfig) -> list[tuple[float, list[_Typical]]]:
+    """(share, samples) of each kind; the first are robot samples, if there are any."""
     kinds: list[tuple[float, list[_Typical]]] = []
     if schedule.robot_samples:
         kinds.append((1.0, list(_robot_samples(config))))
     if schedule.grounding_samples:
         for share, records in GROUNDING.values():
             kinds.append((share, [_grounding_sample(config, *record) for record in records]))
+    return kinds
+
+
+def _typical_batch(config: TrainConfig, settings: DataSettings) -> PlannedBatch:
+    schedule = settings.schedule
+    kinds = _kinds(config, schedule)
     members = [
         Member(f"typical {number}", (_lengths(samples),), weight)
         for number, (weight, samples) in enumerate(kinds)
     ]
     planned = Schedule(schedule, members)
     rows = [[kinds[d.member][1][d.index] for d in row] for row in planned.plan(0)]
-    pad_id = config.model.text.vocab_size - _PADDING
-    return PlannedBatch(planned, pack(rows, planned.capacity, pad_id=pad_id), "typical lengths")
+    return PlannedBatch(
+        planned, pack(rows, planned.capacity, pad_id=_pad_id(config)), "typical lengths"
+    )
 
 
 def _lengths(samples: list[_Typical]) -> Lengths:

@@ -9,19 +9,20 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from st4vla_jax.chips import GIB, Slice
+from st4vla_jax.chips import GIB, Chip, Slice
 from st4vla_jax.flops import jaxpr_flops, model_flops, trainable_shares
 from st4vla_jax.plan_cost import Collective, Cost, step_cost
-from st4vla_jax.plan_hlo import parse_hlo
+from st4vla_jax.plan_hlo import Module, parse_hlo
 from st4vla_jax.plan_setup import Plan
-from st4vla_jax.state import leaves_by_path
+from st4vla_jax.state import TrainState, leaves_by_path
 from st4vla_jax.train_setup import step_config
 from st4vla_jax.train_start import trace_step
 from st4vla_jax.train_step import make_train_step
@@ -58,6 +59,7 @@ class Compiled:
       minimum: kind of collective -> bytes that this layout must move.
       of_activations: collectives with the shape of activations.
       rematerialised: the partitioner's complaints about layouts that it could not turn.
+      logits: whether scores of the whole vocabulary are ever formed.
       seconds: of tracing, lowering and compiling.
       host_bytes: that compiling took on this machine, at most.
     """
@@ -73,6 +75,7 @@ class Compiled:
     minimum: Mapping[str, float]
     of_activations: tuple[Collective, ...]
     rematerialised: int
+    logits: bool
     seconds: float
     host_bytes: float
 
@@ -114,12 +117,17 @@ class Compiled:
         return found
 
 
-def launch_flags() -> dict[str, str]:
-    """The TPU compiler's options of launch/env.sh; none where the folder is not there."""
+def launch_flags(chip: Chip) -> dict[str, str]:
+    """Options that launch/env.sh gives this chip's compiler; none where the folder is not there."""
     if not LAUNCH_FLAGS.exists():
         return {}
-    block = re.search(r"ST4VLA_TPU_FLAGS=\((.*?)^\)", LAUNCH_FLAGS.read_text(), re.S | re.M)
-    return dict(re.findall(r"^\s*--(xla_\w+)=(\S+)", block[1], re.M))
+    text = LAUNCH_FLAGS.read_text()
+    names = re.search(rf"^ *[\w |]*\b{chip.name}\b[\w |]*\) flags=\((.*)\)", text, re.M)[1]
+    blocks = [
+        re.search(rf"^{name}=\((.*?)^\)", text, re.S | re.M)[1]
+        for name in re.findall(r"\w+", names)
+    ]
+    return dict(re.findall(r"^\s*--(xla_\w+)=(\S+)", "\n".join(blocks), re.M))
 
 
 def compile_plan(plan: Plan, tpu: Slice, options: Mapping[str, str]) -> Compiled:
@@ -138,12 +146,7 @@ def compile_plan(plan: Plan, tpu: Slice, options: Mapping[str, str]) -> Compiled
     names = [entry.name for entry in config.data.sets]
     step = make_train_step(plan.model, plan.optimizer, step_config(config, names))
     start = time.perf_counter()
-    with jax.set_mesh(plan.mesh), captured_stderr() as said:
-        traced = trace_step(step, plan.state, plan.batch)
-        try:
-            compiled = traced.lower().compile(compiler_options=dict(options))
-        except jax.errors.JaxRuntimeError as error:
-            raise _refused(str(error), tpu) from error
+    traced, compiled, said = compile_for(tpu, plan.mesh, step, plan.state, plan.batch, options)
     seconds = time.perf_counter() - start
     module = parse_hlo(compiled.as_text())
     cost = step_cost(module, tpu, list(plan.mesh.devices.flat))
@@ -158,10 +161,39 @@ def compile_plan(plan: Plan, tpu: Slice, options: Mapping[str, str]) -> Compiled
         cost=cost,
         minimum=minimum_traffic(plan),
         of_activations=tuple(c for c in cost.collectives if _is_activation(c, plan)),
-        rematerialised="".join(said).count(REMATERIALISED),
+        rematerialised=said.count(REMATERIALISED),
+        logits=has_logits(module, config.model.text.vocab_size // plan.mesh.shape["tensor"]),
         seconds=seconds,
         host_bytes=_peak_of_process(),
     )
+
+
+def compile_for(
+    tpu: Slice,
+    mesh: Mesh,
+    step: Callable[..., Any],
+    state: TrainState,
+    batch: Any,
+    options: Mapping[str, str],
+) -> tuple[jax.stages.Traced, jax.stages.Compiled, str]:
+    """Traces and compiles a step; its last result is what the compiler wrote to standard error.
+
+    Raises:
+      OutOfMemoryError, CompileError: see `compile_plan`.
+    """
+    with jax.set_mesh(mesh), captured_stderr() as said:
+        traced = trace_step(step, state, batch)
+        try:
+            compiled = traced.lower().compile(compiler_options=dict(options))
+        except jax.errors.JaxRuntimeError as error:
+            raise _refused(str(error), tpu) from error
+    return traced, compiled, "".join(said)
+
+
+def has_logits(module: Module, vocab: int) -> bool:
+    """Whether a program has arrays [...,V]; parameters are [V,D]."""
+    shapes = (s for lines in module.computations.values() for i in lines for s in i.shapes)
+    return any(s.dims[-1:] == (vocab,) and s.size > vocab for s in shapes)
 
 
 def _model_flops(plan: Plan) -> float:
@@ -222,17 +254,17 @@ def _peak_of_process() -> float:
 
 
 def minimum_traffic(plan: Plan) -> dict[str, float]:
-    """Bytes that each kind of collective must move on one chip and step, in the compute dtype.
+    """Bytes that each kind of collective must move on one chip and step, in the matmuls' dtype.
 
     A sharded weight is gathered for the forward and again for the backward pass of each
     microbatch; its gradient is scattered once, and summed over data; a replicated one's is summed.
     """
-    itemsize = plan.config.runtime.dtypes.compute.itemsize
-    mesh, rounds = plan.mesh.shape, 2 * plan.config.accumulation
+    dtypes, mesh, rounds = plan.config.runtime.dtypes, plan.mesh.shape, 2 * plan.config.accumulation
     trained = {path for path, _ in leaves_by_path(plan.state.params)}
     gather = scatter = reduce = 0.0
     for path, leaf in leaves_by_path(plan.state.all_params):
-        local = math.prod(leaf.sharding.shard_shape(leaf.shape)) * itemsize
+        dtype = dtypes.action if path.startswith("dit/") else dtypes.compute
+        local = math.prod(leaf.sharding.shard_shape(leaf.shape)) * dtype.itemsize
         axes = {a for entry in leaf.sharding.spec for a in _axes(entry)}
         sharded = "fsdp" in axes and mesh["fsdp"] > 1
         whole = local * mesh["fsdp"] if sharded else local

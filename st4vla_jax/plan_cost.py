@@ -25,6 +25,7 @@ _FREE = (
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "opt-barrier", "copy-done", "copy-start",
     "add-dependency", "call-start", "call-done",
+    "slice-start", "slice-done",
 )  # fmt: skip
 
 
@@ -112,7 +113,7 @@ class _Model:
             products += own
             exposed += max(0.0, memory - own)
             slack += max(0.0, own - memory)
-            if instruction.opcode == "copy-start":
+            if instruction.opcode in ("copy-start", "slice-start"):
                 copies += self._copy_bytes(instruction) / self._tpu.chip.hbm_bandwidth
         return products, exposed + max(0.0, copies - slack)
 
@@ -167,33 +168,37 @@ class _Model:
         return written
 
     def _copy_bytes(self, start: Instruction) -> float:
-        """HBM's part of a copy between HBM and a chip's own memory."""
+        """HBM's part of a copy, or a copy of a slice, between HBM and a chip's own memory."""
+        if start.opcode == "slice-start":
+            result = start.shapes[1]
+            return result.bytes * (1 if result.on_chip else 2)
         return sum(s.bytes for s in start.shapes[:2] if not s.on_chip)
 
     def collectives(self, name: str, runs: int) -> Iterator[Collective]:
         """Those of one computation's schedule."""
         schedule = self._module.computations[name]
-        spans: dict[str, list[int]] = {}
-        example: dict[str, Instruction] = {}
+        spans: dict[tuple[str, str], list[int]] = {}
+        example: dict[tuple[str, str], Instruction] = {}
         begun = set()
         for number, instruction in enumerate(schedule):
             # In these a collective goes on that began before, perhaps outside of this loop.
             goes_on = any(c.startswith("async_collective_fusion") for c in instruction.called())
             for inner in self._module.inside(instruction):
                 if inner.opcode.removesuffix("-start") in COLLECTIVES:
-                    spans.setdefault(inner.channel, []).append(number)
-                    example.setdefault(inner.channel, inner)
-                    begun.update(() if goes_on else (inner.channel,))
+                    key = _key(instruction, inner)
+                    spans.setdefault(key, []).append(number)
+                    example.setdefault(key, inner)
+                    begun.update(() if goes_on else (key,))
             if instruction.opcode.endswith("-done"):
                 start = self._by_name[instruction.operands[0]]
                 for inner in self._module.inside(start):
-                    if inner.channel in spans:
-                        spans[inner.channel].append(number)
+                    if _key(start, inner) in spans:
+                        spans[_key(start, inner)].append(number)
         left = [self._duration(i) for i in schedule]
-        for channel in [channel for channel in spans if channel in begun]:
-            numbers = spans[channel]
+        for key in [key for key in spans if key in begun]:
+            numbers = spans[key]
             first, last = min(numbers), max(numbers)
-            yield self._collective(example[channel], schedule, first, last, left, runs)
+            yield self._collective(example[key], schedule, first, last, left, runs)
 
     def _collective(
         self,
@@ -257,6 +262,17 @@ class _Model:
             if extent > 1:
                 links += 2 if extent == size and self._tpu.is_ring(axis) else 1
         return max(1, links)
+
+
+def _key(instruction: Instruction, inner: Instruction) -> tuple[str, str]:
+    """What the parts of one collective share: a channel, where it is spread over several fusions.
+
+    Elsewhere channels tell nothing: all collectives of shard_map have the same one.
+    """
+    spread = any(c.startswith("async_collective_fusion") for c in instruction.called())
+    if spread or instruction.name.startswith("async-collective"):
+        return "", inner.channel
+    return instruction.name, inner.name
 
 
 def _partial_reads(module: Module, body: list[Instruction]) -> Iterator[tuple[int, float]]:

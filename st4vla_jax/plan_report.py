@@ -104,6 +104,8 @@ def warnings(compiled: Compiled) -> list[str]:
     for collective in compiled.of_activations:
         shapes = ", ".join(collective.shapes)
         found.append(f"{collective.kind} of activations {shapes}: {collective.origin}")
+    if compiled.logits:
+        found.append("logits of the whole vocabulary are formed: lower runtime.vocab_tile")
     if compiled.rematerialised:
         found.append(f"the partitioner rematerialised {compiled.rematerialised} arrays in full")
     if compiled.peak > compiled.tpu.chip.hbm_bytes:

@@ -93,6 +93,15 @@ def batch_shards(mesh: Mesh | AbstractMesh, rules: Rules) -> int:
     return math.prod(mesh.shape[axis] for axis in rules.mesh_axes("batch"))
 
 
+def mesh_config(config: TrainConfig, mesh: str | None) -> TrainConfig:
+    """The config on the mesh of a command line's --mesh, if one is given.
+
+    Raises:
+      ConfigError: see `parse_mesh`.
+    """
+    return dataclasses.replace(config, mesh=parse_mesh(mesh, config.mesh.rules)) if mesh else config
+
+
 def parse_mesh(text: str, rules: Any) -> MeshSettings:
     """Reads ``data,fsdp,tensor``; one may be -1.
 

@@ -194,6 +194,21 @@ def test_slices_in_nested_fusions_are_all_that_is_read():
     assert found.exposed_hbm == pytest.approx((3 * 128 * 4 + 4) / CHIP.hbm_bandwidth)
 
 
+# In the form of what libtpu 0.0.42 prints where SparseCores move the data.
+ASYNCHRONOUS = (Path(__file__).parent / "golden" / "sparsecore_v5p.hlo").read_text()
+
+
+def test_what_sparse_cores_do_goes_on_beside_the_work():
+    """The negation hides the gather; sums of the same channel are two; a slice moves once."""
+    found = step_cost(parse_hlo(ASYNCHRONOUS), TPU, DEVICES)
+    gather, *sums = found.collectives
+    work = 2 * 4 * 8 * 1024 / CHIP.hbm_bandwidth
+    assert gather.kind == "all-gather" and gather.asynchronous and gather.bytes == 128 * 128 * 2
+    assert gather.exposed == pytest.approx(max(0, gather.seconds - work))
+    assert [(c.kind, c.asynchronous) for c in sums] == [("all-reduce", False)] * 2
+    assert found.exposed_hbm == pytest.approx(work + 4 * 1024 / CHIP.hbm_bandwidth)
+
+
 def test_text_that_is_no_program():
     with pytest.raises(ValueError, match="no entry computation"):
         parse_hlo("error")

@@ -1,7 +1,6 @@
 """The flags of launch/env.sh against the compilers that they are for."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +16,8 @@ from st4vla_jax.sharding import make_mesh
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def flags(platform: str, variable: str) -> str:
-    script = f'. launch/env.sh; set_compiler_flags {platform}; printf %s "${variable}"'
+def flags(platform: str, variable: str, before: str = "") -> str:
+    script = f'. launch/env.sh; {before} set_compiler_flags {platform}; printf %s "${variable}"'
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     return subprocess.run(
         ["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=20,
@@ -42,15 +41,15 @@ def test_xla_knows_the_gpu_flags():
     assert unknown.returncode != 0 and "Unknown flag" in unknown.stderr
 
 
-def compile_fsdp_scan(options: dict[str, str]):
-    """Forward and backward of four weight-sharded layers on v5p:2x2x1."""
+def compile_fsdp_scan(options: dict[str, str], topology: str = "v5e:2x2"):
+    """Forward and backward of four weight-sharded layers."""
     for key, value in {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled", "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost",
     }.items():  # fmt: skip
         os.environ.setdefault(key, value)
     try:
-        devices = topologies.get_topology_desc("v5p:2x2x1", "tpu").devices
+        devices = topologies.get_topology_desc(topology, "tpu").devices
     except RuntimeError as e:
         pytest.skip(f"needs libtpu (the [tpu] extra): {e}")
     mesh = make_mesh(1, 4, 1, devices=devices)
@@ -71,16 +70,37 @@ def compile_fsdp_scan(options: dict[str, str]):
         return jax.jit(jax.grad(loss)).lower(*args).compile(compiler_options=options)
 
 
+def tpu_flags(generation: str) -> dict[str, str]:
+    text = flags(f"tpu {generation}", "LIBTPU_INIT_ARGS")
+    return dict(flag.removeprefix("--").split("=") for flag in text.split())
+
+
 @pytest.mark.aot
-def test_tpu_flags_make_collectives_asynchronous():
-    given = dict(f.removeprefix("--").split("=") for f in flags("tpu", "LIBTPU_INIT_ARGS").split())
-    assert len(given) == 5
+@pytest.mark.parametrize(
+    "generation,topology,sign",
+    [("v5e", "v5e:2x2", "AsyncCollectiveStart"), ("v6e", "v6e:2x2", " call-start(")],
+)
+def test_tpu_flags_make_collectives_asynchronous(generation, topology, sign):
+    """On v5e by steps beside matmuls, on v6e by SparseCores."""
+    text = compile_fsdp_scan(tpu_flags(generation), topology).as_text()
+    assert sign in text
+    assert ("sparsecore" in text) == (generation == "v6e")
 
-    def pairs(options):
-        return len(re.findall(r"AsyncCollectiveStart", compile_fsdp_scan(options).as_text()))
 
-    assert pairs({}) == 0
-    assert pairs(given) > 0
+@pytest.mark.parametrize(
+    "device,generation", [("0x005e", "v4"), ("0x0062", "v5p"), ("0x0063", "v5e"), ("0x006f", "v6e")]
+)
+def test_the_generation_is_found_out(tmp_path, device, generation):
+    for name, vendor, number in (("a", "0x8086", "0x0063"), ("b", "0x1ae0", device)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vendor").write_text(vendor)
+        (tmp_path / name / "device").write_text(number)
+    found = flags("tpu", "LIBTPU_INIT_ARGS", f"PCI_DEVICES={tmp_path};")
+    assert found == flags(f"tpu {generation}", "LIBTPU_INIT_ARGS")
+
+
+def test_unknown_generations_get_what_all_know():
+    assert set(tpu_flags("v9")) == set(tpu_flags("v5p")) & set(tpu_flags("v5e"))
 
 
 @pytest.mark.aot
