@@ -1,12 +1,13 @@
 """Says what a run needs before anything is rented: memory, interconnect, speed.
 
 python -m st4vla_jax.plan --config=configs/NAME.py [--mesh=DATA,FSDP,TENSOR]
-    [--topology=v5p:4x4x4|v5p-128] [--slices=N] [--nocompile] [--xla=NAME=VALUE ...] [--json]
-    [--config.KEY=VALUE ...]
+    [--topology=v5p:4x4x4|v5p-128] [--slices=N] [--nocompile | --usual] [--xla=NAME=VALUE ...]
+    [--json] [--config.KEY=VALUE ...]
 
 Without a topology a table from shapes, in seconds.  With one, the very step that training runs is
-compiled for that slice by the TPU compiler (libtpu, the [tpu] extra), on this machine's CPU, in one
-to two minutes at 3B; --nocompile leaves it at the table.  launch/env.sh's TPU flags are compiled
+compiled for that slice by the TPU compiler (libtpu, the [tpu] extra), on this machine's CPU, in
+about five minutes of one core at 3B; --nocompile leaves it at the table, --usual compares the
+memory with that of the usual step (plan_naive.py) instead.  launch/env.sh's TPU flags are compiled
 with, and --xla adds to them.  Neither data nor weights are needed: where the config's data sets are
 absent, their samples are taken to be as long as the paper's.  Exit status: 0, or 1 where it does
 not fit or cannot run.
@@ -29,6 +30,7 @@ from st4vla_jax.chips import TopologyError, parse_slice, slice_devices
 from st4vla_jax.config import ConfigError
 from st4vla_jax.plan_advice import advice
 from st4vla_jax.plan_compile import CompileError, OutOfMemoryError, compile_plan, launch_flags
+from st4vla_jax.plan_naive import peak_lines, peaks
 from st4vla_jax.plan_report import compiled_lines, compiled_report, report, table_lines
 from st4vla_jax.plan_setup import make_plan, mesh_config
 from st4vla_jax.plan_table import memory_table
@@ -40,6 +42,7 @@ _MESH = flags.DEFINE_string("mesh", None, "DATA,FSDP,TENSOR in place of the conf
 _SLICES = flags.DEFINE_integer("slices", 1, "slices joined by the data-centre network")
 _COMPILE = flags.DEFINE_bool("compile", True, "with --topology: compile the step")
 _XLA = flags.DEFINE_multi_string("xla", [], "NAME=VALUE, an option of the TPU compiler")
+_USUAL = flags.DEFINE_bool("usual", False, "compile the usual step's memory beside ours, no more")
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object")
 
 
@@ -62,6 +65,10 @@ def _plan() -> int:
     tpu = parse_slice(_TOPOLOGY.value, _SLICES.value) if _TOPOLOGY.value else None
     plan = make_plan(config, slice_devices(tpu) if tpu else _devices(config))
     table = memory_table(plan)
+    if tpu and _USUAL.value:
+        found = peaks(plan, tpu, launch_flags(tpu.chip) | _options(_XLA.value))
+        print(*([json.dumps(found)] if _JSON.value else peak_lines(found)), sep="\n")
+        return 0
     say = (lambda lines: None) if _JSON.value else (lambda lines: print(*lines, sep="\n"))
     say(table_lines(plan, table, tpu))
     compiled, refusal = None, ""

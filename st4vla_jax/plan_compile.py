@@ -288,10 +288,17 @@ def _is_activation(collective: Collective, plan: Plan) -> bool:
         (capacity.slots, cfg.vision.hidden_size), (capacity.slots // 4, cfg.text.hidden_size),
     }  # fmt: skip
     weights = {
-        _squeezed(x.shape[n:]) for x in jax.tree.leaves(plan.state.all_params) for n in (0, 1)
+        _squeezed(shape[n:])
+        for x in jax.tree.leaves(plan.state.all_params)
+        for shape in (x.shape, x.sharding.shard_shape(x.shape))
+        for n in (0, 1)
     }
+
+    def is_weight(dims: tuple[int, ...]) -> bool:  # tables travel as [devices,rows,width]
+        return _squeezed(dims) in weights or (math.prod(dims[:2]), *dims[2:]) in weights
+
     return any(
-        _squeezed(dims) not in weights and pairs & set(zip(dims, dims[1:], strict=False))
+        not is_weight(dims) and pairs & set(zip(dims, dims[1:], strict=False))
         for dims in collective.dims
     )
 

@@ -1,8 +1,5 @@
 """Peak memory of the train step beside the usual one, and what each difference saves.
 
-python -m st4vla_jax.plan_naive --config=configs/NAME.py --topology=v5e:8x8 [--mesh=4,16,1]
-    [--config.KEY=VALUE ...]
-
 The usual step pads robot and grounding samples to two batches, runs the model on one after the
 other, and forms the logits of all tokens.  Both steps, and each with one of the differences alone,
 are compiled for the slice: same optimizer, mesh, rematerialisation and samples (of typical lengths;
@@ -11,28 +8,21 @@ plan_batch.py).
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
 from jax.sharding import NamedSharding
-from ml_collections import config_flags
 
 from st4vla_jax.batch import Batch, VlmInputs
-from st4vla_jax.chips import GIB, Slice, TopologyError, parse_slice, slice_devices
-from st4vla_jax.config import ConfigError
+from st4vla_jax.chips import GIB, Slice
 from st4vla_jax.models.layers import gather_rows
 from st4vla_jax.models.qwen_vl import QwenVL
 from st4vla_jax.models.st4vla import ST4VLA, Denominators
 from st4vla_jax.plan_batch import padded_batches
-from st4vla_jax.plan_compile import OutOfMemoryError, compile_for, launch_flags
-from st4vla_jax.plan_setup import Plan, make_plan, mesh_config
+from st4vla_jax.plan_compile import OutOfMemoryError, compile_for
+from st4vla_jax.plan_setup import Plan
 from st4vla_jax.state import TrainState, merge
-from st4vla_jax.train_config import TrainConfig
 from st4vla_jax.train_setup import step_config
 from st4vla_jax.train_step import make_train_step, update_key
 
@@ -80,7 +70,7 @@ def make_padded_step(plan: Plan, model: ST4VLA) -> Step:
     return step
 
 
-def peaks(plan: Plan, tpu: Slice) -> dict[str, float]:
+def peaks(plan: Plan, tpu: Slice, options: Mapping[str, str]) -> dict[str, float]:
     """Bytes of a chip at the peak of each step: ours, the usual one, and those between.
 
     What does not fit counts with what the compiler says that it needs.
@@ -97,9 +87,7 @@ def peaks(plan: Plan, tpu: Slice) -> dict[str, float]:
     found = {}
     for name, (step, batch) in steps.items():
         try:
-            _, compiled, _ = compile_for(
-                tpu, plan.mesh, step, plan.state, batch, launch_flags(tpu.chip)
-            )
+            _, compiled, _ = compile_for(tpu, plan.mesh, step, plan.state, batch, options)
             found[name] = float(compiled.memory_analysis().peak_memory_in_bytes)
         except OutOfMemoryError as error:
             found[name] = error.needed
@@ -113,33 +101,10 @@ def _on_mesh(plan: Plan, batches: tuple[Batch, ...]) -> tuple[Batch, ...]:
     )
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "config file", lock_config=True)
-_TOPOLOGY = flags.DEFINE_string("topology", None, "slice, as v5p:4x4x4, v5p-128 or v5e-64")
-_MESH = flags.DEFINE_string("mesh", None, "DATA,FSDP,TENSOR in place of the config's mesh")
-
-
-def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit status."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)
-    logging.getLogger("st4vla_jax").setLevel(logging.ERROR)
-    try:
-        config = mesh_config(TrainConfig.from_dict(_CONFIG.value), _MESH.value)
-        tpu = parse_slice(_TOPOLOGY.value)
-        plan = make_plan(config, slice_devices(tpu))
-        found = peaks(plan, tpu)
-    except (ConfigError, TopologyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    usual = max(found.values())
-    for name, size in found.items():
-        print(f"{name:<40}{size / GIB:8.2f} GiB {100 * size / usual:6.0f} %")
-    return 0
-
-
-if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "topology"])
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    app.run(main)
+def peak_lines(found: dict[str, float]) -> list[str]:
+    """The table of `peaks`, in shares of the usual step."""
+    usual = list(found.values())[-1]
+    return [
+        f"{name:<40}{size / GIB:8.2f} GiB {100 * size / usual:6.0f} %"
+        for name, size in found.items()
+    ]

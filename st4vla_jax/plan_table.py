@@ -95,8 +95,10 @@ def _gathered_weights(plan: Plan) -> dict[str, float]:
     ]
     text = plan.config.model.text
     tables = 2 if text.tie_word_embeddings else 4  # and their gradients
+    keeps = plan.config.runtime.remat == "full_keep_weights" and plan.mesh.shape["fsdp"] > 1
     return {
         "blocks' weights, gathered": 3 * max(blocks) * itemsize / tensor,
+        "decoder's weights, kept": keeps * blocks[0] * text.num_hidden_layers * itemsize / tensor,
         "embedding table, gathered": (
             tables * text.vocab_size * text.hidden_size * itemsize / tensor
         ),

@@ -15,6 +15,7 @@ from st4vla_jax.plan_batch import planned_batch
 from st4vla_jax.plan_setup import make_plan, parse_mesh
 from st4vla_jax.plan_table import (
     _device_bytes,
+    _gathered_weights,
     _residuals,
     batch_notes,
     kept_activations,
@@ -170,6 +171,18 @@ def three_billion():
 
 def test_narrow_slices_are_listed(three_billion):
     assert three_billion.narrow == ("vision_embed 1280 / 16 = 80",)
+
+
+def test_weights_that_are_kept(three_billion):
+    """Those of the decoder's blocks, in bf16 or as the run computes."""
+    runtime = dataclasses.replace(three_billion.config.runtime, remat="full_keep_weights")
+    kept = dataclasses.replace(
+        three_billion, config=dataclasses.replace(three_billion.config, runtime=runtime)
+    )
+    blocks = three_billion.state.all_params["vlm"]["language_model"]["blocks"]
+    found = _gathered_weights(kept)["decoder's weights, kept"]
+    assert found == sum(x.size for x in jax.tree.leaves(blocks)) * runtime.dtypes.compute.itemsize
+    assert not _gathered_weights(three_billion)["decoder's weights, kept"]
 
 
 def test_mesh_argument():
