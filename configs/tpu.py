@@ -16,7 +16,7 @@ KEEP = "full_keep_weights"
 # Name -> slice, number of slices, mesh (data, fsdp, tensor), samples, T at most, remat.
 PRESETS = {
     "3b-v5e-64": ("v5e:8x8", 1, (4, 16, 1), PAPER, 704, KEEP),
-    "3b-v5p-64": ("v5p:4x4x4", 1, (4, 16, 1), PAPER, 704, KEEP),
+    "3b-v5p-64": ("v5p:4x4x4", 1, (4, 16, 1), PAPER, 704, "full"),
     "3b-v6e-64": ("v6e:8x8", 1, (4, 16, 1), PAPER, 704, KEEP),
     "3b-v5e-64-wide": ("v5e:8x8", 1, (4, 16, 1), WIDE, 1280, "full"),
     "3b-v5p-64-wide": ("v5p:4x4x4", 1, (4, 16, 1), WIDE, 1280, "dots"),
