@@ -63,7 +63,10 @@ def main(argv: list[str]) -> int:
 def _plan() -> int:
     config = mesh_config(TrainConfig.from_dict(_CONFIG.value), _MESH.value)
     tpu = parse_slice(_TOPOLOGY.value, _SLICES.value) if _TOPOLOGY.value else None
-    plan = make_plan(config, slice_devices(tpu) if tpu else _devices(config))
+    if tpu and (_COMPILE.value or _USUAL.value):
+        plan = make_plan(config, slice_devices(tpu))
+    else:  # a table needs no libtpu
+        plan = make_plan(config, tpu.chips if tpu else _devices(config))
     table = memory_table(plan)
     if tpu and _USUAL.value:
         found = peaks(plan, tpu, launch_flags(tpu.chip) | _options(_XLA.value))

@@ -21,7 +21,7 @@ from st4vla_jax.data.packing import Capacity, RobotArrays, pack
 from st4vla_jax.data.schedule import Schedule, ScheduleConfig
 from st4vla_jax.data.settings import DataSettings, open_pipeline
 from st4vla_jax.data.source import Lengths
-from st4vla_jax.data.transforms import Encoded, mrope_positions
+from st4vla_jax.data.transforms import Encoded, of_tokens
 from st4vla_jax.train_config import TrainConfig
 
 _PADDING = 5  # ids from the vocabulary's end: special tokens, which no sample has
@@ -162,22 +162,10 @@ def _grounding_sample(
 def _encoded(sizes: list[tuple[int, int]], text: int, targets: int) -> Encoded:
     """Images of these (height, width) after LEAD tokens; the last ``targets`` are supervised."""
     slots = arrange([np.zeros((*size, 3), np.uint8) for size in sizes])
-    cells = np.concatenate(slots.cells)
-    length = text + len(cells)
-    is_image, vision_index = np.zeros(length, bool), np.full(length, -1, np.int32)
-    first = LEAD
+    length = text + sum(map(len, slots.cells))
+    is_image, first = np.zeros(length, bool), LEAD
     for own in slots.cells:
         is_image[first : first + len(own)] = True
-        vision_index[first : first + len(own)] = own
         first += len(own) + 2
-    tokens = np.zeros(length, np.int32)
-    answer = np.arange(length - targets, length)
-    return Encoded(
-        tokens=tokens,
-        positions=mrope_positions(is_image, slots.grids),
-        vision_index=vision_index,
-        slots=slots,
-        target_index=(answer - 1).astype(np.int32),
-        targets=tokens[answer],
-        target_weight=np.ones(targets, np.float32),
-    )
+    tokens, answer = np.zeros(length, np.int32), np.arange(length - targets, length)
+    return of_tokens(tokens, is_image, slots, answer)

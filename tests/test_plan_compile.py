@@ -273,6 +273,19 @@ def test_command_line_without_a_topology():
     assert found["table_bytes"]["moments"] == pytest.approx(2 * found["table_bytes"]["parameters"])
 
 
+def test_a_slice_is_tabled_without_its_compiler(tmp_path, monkeypatch):
+    library = tmp_path / "libtpu.so"
+    library.write_text("no library")
+    monkeypatch.setenv("TPU_LIBRARY_PATH", str(library))
+    settings = ("--config=configs/tabletop.py:stage2", "--mesh=4,1,1", "--topology=v5e-4")
+    refused = run_plan(*settings)
+    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("error: ")
+    done = run_plan(*settings, "--nocompile", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["topology"] == "v5e:2x2" and found["compiled"] is None
+
+
 def test_command_line_says_what_is_wrong():
     done = run_plan("--config=configs/tabletop.py:stage2", "--topology=v5p:9x9x9")
     assert done.returncode == 1
