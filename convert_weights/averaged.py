@@ -19,6 +19,7 @@ from convert_weights.cli import command
 from st4vla_jax.checkpoint import (
     EMA,
     META,
+    PARAMS,
     TREE,
     CheckpointError,
     check_target,
@@ -49,8 +50,8 @@ def averaged(source: Path | str, out: Path | str, overwrite: bool = False) -> in
 
     def leaves() -> Iterator[tuple[str, np.ndarray]]:
         for path, shape in param_shapes(folder).items():
-            item = {"item": EMA} if path in averages else {}
-            yield path, read_leaf(folder, path, **item).astype(shape.dtype)
+            item = EMA if path in averages else PARAMS
+            yield path, read_leaf(folder, path, item).astype(shape.dtype)
 
     meta = folder / "meta"
     files = {

@@ -12,7 +12,6 @@ import importlib.util
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import signal
@@ -30,7 +29,7 @@ from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from st4vla_jax.sharding import Rules
+from st4vla_jax.sharding import Rules, batch_shards
 
 RESTART_EXIT_CODE = 75  # EX_TEMPFAIL: a launcher runs the same command again
 HEARTBEAT_S = 20  # a process not heard of for so long is dead; jax's own default is 100
@@ -349,8 +348,7 @@ def data_block(mesh: Mesh, rules: Rules) -> tuple[int, int]:
     Raises:
       DistributedError: the devices of this process hold rows that are not one block.
     """
-    axes = rules.mesh_axes("batch")
-    parts = math.prod(mesh.shape[axis] for axis in axes)
+    parts = batch_shards(mesh, rules)
     sharding = NamedSharding(mesh, rules.spec(("batch",)))
     indices = sharding.addressable_devices_indices_map((parts,)).values()
     rows = sorted({row for (index,) in indices for row in range(*index.indices(parts))})
@@ -377,7 +375,7 @@ def global_batch(batch: Any, mesh: Mesh, rules: Rules) -> Any:
       DistributedError: the rows do not divide among the devices.
     """
     sharding = NamedSharding(mesh, rules.spec(("batch",)))
-    parts = math.prod(mesh.shape[axis] for axis in rules.mesh_axes("batch"))
+    parts = batch_shards(mesh, rules)
     _, blocks = data_block(mesh, rules)
 
     def put(x: Any) -> jax.Array:

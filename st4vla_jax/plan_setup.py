@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from st4vla_jax.config import ConfigError
 from st4vla_jax.models.st4vla import ST4VLA
 from st4vla_jax.optim import Optimizer
 from st4vla_jax.plan_batch import PlannedBatch, planned_batch
-from st4vla_jax.sharding import MESH_AXES, Rules, make_mesh, narrow_slices
+from st4vla_jax.sharding import MESH_AXES, batch_shards, make_mesh, narrow_slices
 from st4vla_jax.state import TrainState
 from st4vla_jax.train_config import MeshSettings, TrainConfig
 from st4vla_jax.train_setup import abstract_state, attempt, described
@@ -86,11 +85,6 @@ def make_plan(config: TrainConfig, devices: Sequence[jax.Device] | int) -> Plan:
     if problems:
         raise ConfigError("this config cannot be laid out:\n  " + "\n  ".join(problems))
     return Plan(config, mesh, model, optimizer, state, planned, narrow)
-
-
-def batch_shards(mesh: Mesh | AbstractMesh, rules: Rules) -> int:
-    """Parts of the batch: devices along its mesh axes."""
-    return math.prod(mesh.shape[axis] for axis in rules.mesh_axes("batch"))
 
 
 def mesh_config(config: TrainConfig, mesh: str | None) -> TrainConfig:

@@ -185,6 +185,11 @@ def make_mesh(
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def batch_shards(mesh: Mesh | AbstractMesh, rules: Rules) -> int:
+    """Parts of the batch: devices along its mesh axes."""
+    return math.prod(mesh.shape[axis] for axis in rules.mesh_axes("batch"))
+
+
 def is_sharded() -> bool:
     """Whether the mesh of `jax.set_mesh` cuts parameters along fsdp."""
     mesh = jax.sharding.get_abstract_mesh()

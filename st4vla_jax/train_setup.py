@@ -35,7 +35,13 @@ from st4vla_jax.models.lora import LORA_A, LORA_B, add_lora, lora_problems
 from st4vla_jax.models.st4vla import ST4VLA
 from st4vla_jax.optim import Optimizer, coverage_problems
 from st4vla_jax.resume import FINGERPRINT, TRAINABLE, compare_runs, find_checkpoint, init_problems
-from st4vla_jax.sharding import make_mesh, param_shardings, platform_problems, unbox
+from st4vla_jax.sharding import (
+    batch_shards,
+    make_mesh,
+    param_shardings,
+    platform_problems,
+    unbox,
+)
 from st4vla_jax.state import Params, TrainState, leaves_by_path, split
 from st4vla_jax.train_checkpoints import FOLDER, TrainCheckpoints, complete_steps
 from st4vla_jax.train_config import PARTS, TrainConfig
@@ -336,11 +342,9 @@ def _divisible(
     Where the config's own ``schedule.multiple`` is a multiple of these already, another mesh or
     accumulation gives the very same sequences.
     """
-    axes = config.runtime.rules.mesh_axes("batch")
     schedule = settings.schedule
-    multiple = math.lcm(
-        schedule.multiple, math.prod(mesh.shape[axis] for axis in axes) * accumulation
-    )
+    needed = batch_shards(mesh, config.runtime.rules) * accumulation
+    multiple = math.lcm(schedule.multiple, needed)
     if schedule.sequences % multiple:
         raise ConfigError(
             f"data.schedule.sequences {schedule.sequences} is no multiple of {multiple} "

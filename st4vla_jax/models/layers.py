@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from st4vla_jax.sharding import Axes, Rules, is_axes, table_axes
+from st4vla_jax.sharding import Axes, Rules, batch_shards, is_axes, table_axes
 
 Init = Callable[..., jax.Array]
 Params = Any
@@ -207,9 +207,8 @@ def take_rows(table: jax.Array, ids: jax.Array, rules: Rules) -> jax.Array:
     device.  An id outside the vocabulary gives NaN, not a neighbour's embedding.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    blocks = math.prod(mesh.shape[axis] for axis in rules.mesh_axes("batch") if not mesh.empty)
     # Rows that the mesh does not divide: the one row that parameters are initialised with.
-    if mesh.empty or mesh.size == 1 or len(ids) % blocks:
+    if mesh.empty or mesh.size == 1 or len(ids) % batch_shards(mesh, rules):
         return jnp.take(table, ids, axis=0)
     whole, split = table_axes(rules)
 
