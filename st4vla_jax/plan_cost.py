@@ -144,6 +144,8 @@ class _Model:
         """Bytes of HBM that an instruction reads and writes."""
         if instruction.opcode in _FREE or instruction.opcode.startswith(COLLECTIVES):
             return 0.0
+        if 'custom_call_target="AllocateBuffer"' in instruction.attributes:
+            return 0.0  # of memory that is not written
         written = sum(s.bytes for s in instruction.shapes if not s.on_chip)
         reads: dict[int, float] = {}
         if instruction.opcode == "fusion":
@@ -152,8 +154,7 @@ class _Model:
                 # Buffers of the collective, which is counted as such, pass through the fusion.
                 return 0.0
             reads = dict(_partial_reads(self._module, body))
-            if body[-1].opcode == "dynamic-update-slice":  # in place
-                written = self._by_name[body[-1].operands[1]].bytes
+            written = self._fusion_writes(instruction, body[-1])
         elif instruction.opcode == "dynamic-slice":
             reads = {0: written}
         elif instruction.opcode == "dynamic-update-slice":
@@ -166,6 +167,27 @@ class _Model:
             whole = sum(s.bytes for s in operand.shapes if not s.on_chip)
             written += min(whole, reads.get(number, whole))
         return written
+
+    def _fusion_writes(self, fusion: Instruction, root: Instruction) -> float:
+        """Bytes of HBM that a fusion writes; updates of slices are made in place."""
+        names = root.operands if root.opcode == "tuple" else (root.name,)
+        return sum(
+            self._update_bytes(name, shape.bytes)
+            for name, shape in zip(names, fusion.shapes, strict=True)
+            if not shape.on_chip
+        )
+
+    def _update_bytes(self, name: str, whole: float) -> float:
+        """Bytes that an instruction of a fusion changes of a result of so many."""
+        instruction = self._by_name[name]
+        if instruction.opcode == "bitcast":
+            return self._update_bytes(instruction.operands[0], whole)
+        if instruction.opcode == "fusion":
+            root = self._module.computations[instruction.called()[0]][-1]
+            return self._update_bytes(root.name, whole)
+        if instruction.opcode == "dynamic-update-slice":
+            return self._by_name[instruction.operands[1]].bytes
+        return whole
 
     def _copy_bytes(self, start: Instruction) -> float:
         """HBM's part of a copy, or a copy of a slice, between HBM and a chip's own memory."""

@@ -194,6 +194,43 @@ def test_slices_in_nested_fusions_are_all_that_is_read():
     assert found.exposed_hbm == pytest.approx((3 * 128 * 4 + 4) / CHIP.hbm_bandwidth)
 
 
+STACKED = """HloModule kept, is_scheduled=true
+
+%update (p: f32[8,128], q: f32[128], i: s32[]) -> f32[8,128] {
+  %p = f32[8,128]{1,0} parameter(0)
+  %q = f32[128]{0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %row = f32[1,128]{1,0} bitcast(%q)
+  ROOT %put = f32[8,128]{1,0} dynamic-update-slice(%p, %row, %i, %zero)
+}
+
+%keep (a: f32[8,128], b: f32[128], j: s32[]) -> (f32[8,128], f32[128], f32[128]) {
+  %a = f32[8,128]{1,0} parameter(0)
+  %b = f32[128]{0} parameter(1)
+  %j = s32[] parameter(2)
+  %negated = f32[128]{0} negate(%b)
+  %stack = f32[8,128]{1,0} fusion(%a, %negated, %j), kind=kLoop, calls=%update
+  ROOT %both = (f32[8,128]{1,0}, f32[128]{0}, f32[128]{0}) tuple(%stack, %negated, %negated)
+}
+
+ENTRY %main (x: f32[128], k: s32[]) -> f32[8,128] {
+  %x = f32[128]{0} parameter(0)
+  %k = s32[] parameter(1)
+  %empty = f32[8,128]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %both.1 = (f32[8,128]{1,0}, f32[128]{0}, f32[128]{0:T(128)S(1)}) fusion(%empty, %x, %k), \
+kind=kLoop, calls=%keep
+  ROOT %out = f32[8,128]{1,0} get-tuple-element(%both.1), index=0
+}
+""".replace("\\\n", "")
+
+
+def test_a_row_of_a_stack_is_all_that_is_written():
+    """The operand, the index, the row and its copy; not the third result, which is on the chip."""
+    found = step_cost(parse_hlo(STACKED), TPU, DEVICES)
+    assert found.exposed_hbm == pytest.approx((3 * 128 * 4 + 4) / CHIP.hbm_bandwidth)
+
+
 # In the form of what libtpu 0.0.42 prints where SparseCores move the data.
 ASYNCHRONOUS = (Path(__file__).parent / "golden" / "sparsecore_v5p.hlo").read_text()
 
