@@ -28,7 +28,7 @@ def robot_set(root: str) -> dict:
 def make_config(is_vlm: bool, **sets: dict) -> ConfigDict:
     """The VLM alone (stage 1), or the whole policy, on these data sets."""
     config = tiny(train_config(**sets))
-    config.model.vlm = "tabletop"
+    config.model.update({"vlm": "tabletop", "dino": "tabletop", "dit": "tabletop"})
     config.data.system = "tabletop"
     config.data.prompts = ("{instruction}. Locate the key object.",)
     config.data.schedule.update({"tokens": 640, "robot_samples": 24, "grounding_samples": 12})
@@ -39,6 +39,8 @@ def make_config(is_vlm: bool, **sets: dict) -> ConfigDict:
         config.data.schedule.views = 2
         config.evaluation.diagnostics = 100
         config.loss.repeats = 2
+        # The second block of the Q-Former asks with what the first has read of the instruction.
+        config.model.bridge.update({"start_layer": 1, "end_layer": 3})
         return config
     config = vlm_alone(config)
     config.data.schedule.grounding_samples = 32

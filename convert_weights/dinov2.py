@@ -23,7 +23,7 @@ from convert_weights.safetensors_io import (
     open_weights,
     shapes,
 )
-from st4vla_jax.config import DINO_PRESETS, DinoConfig
+from st4vla_jax.config import DINO_PRESETS, OWN_PRESETS, DinoConfig
 
 MASK_TOKEN = "mask_token"  # used in pre-training only: passed through, not a parameter here
 
@@ -130,7 +130,7 @@ def config_from_shapes(
 
 
 def _preset_heads(width: int, where: str) -> int:
-    heads = {c.hidden_size: c.num_heads for n, c in DINO_PRESETS.items() if n != "tiny"}
+    heads = {c.hidden_size: c.num_heads for n, c in DINO_PRESETS.items() if n not in OWN_PRESETS}
     if width not in heads:
         raise ConversionError(
             f"{where}: DINOv2 of width {width} is none of {sorted(heads)}, so its number of heads "

@@ -15,7 +15,14 @@ import numpy as np
 from convert_weights.dinov2 import MASK_TOKEN
 from convert_weights.st4vla import CUSTOM_DINO, CUSTOM_DIT, DINO, DIT, HISTORY
 from st4vla_jax.checkpoint import Meta
-from st4vla_jax.config import DINO_PRESETS, DIT_PRESETS, DinoConfig, DitConfig, ModelConfig
+from st4vla_jax.config import (
+    DINO_PRESETS,
+    DIT_PRESETS,
+    OWN_PRESETS,
+    DinoConfig,
+    DitConfig,
+    ModelConfig,
+)
 
 QUERIES = 64  # fixed in upstream's DiT
 QFORMER_HEADS, QFORMER_RATIO = 8, 4
@@ -26,7 +33,7 @@ _FREE_DIT_FIELDS = {"chunk", "action_dim", "condition_dropout"}
 
 def dino_name(cfg: DinoConfig) -> str | None:
     """torch.hub's name of exactly these sizes, or None."""
-    letters = [n for n, preset in DINO_PRESETS.items() if preset == cfg and n != "tiny"]
+    letters = [n for n, preset in DINO_PRESETS.items() if preset == cfg and n not in OWN_PRESETS]
     return f"dinov2_vit{letters[0]}14" if letters else None
 
 
@@ -34,7 +41,7 @@ def dit_name(cfg: DitConfig) -> str | None:
     """Upstream's name of a DiT of these sizes, or None."""
     free = {name: getattr(cfg, name) for name in _FREE_DIT_FIELDS}
     for name, preset in DIT_PRESETS.items():
-        if name != "tiny" and dataclasses.replace(preset, **free) == cfg:
+        if name not in OWN_PRESETS and dataclasses.replace(preset, **free) == cfg:
             return f"DiT-{name.upper()}"
     return None
 
@@ -79,6 +86,8 @@ def size_problems(cfg: ModelConfig) -> list[str]:
         f"a DiT of {_sizes(dit)}; upstream has {_presets(DIT_PRESETS)}": dit_name(dit) is None,
         f"a DINOv2 of {_sizes(dino)} for images of {dino.image_size} pixels; upstream has "
         f"{_presets(DINO_PRESETS, 'g')}, and 224 pixels": dino_name(dino) is None,
+        "a DINOv2 that centres patches and adds fixed positions (dino.from_scratch); upstream's does "
+        "not, and would give other tokens": dino.from_scratch,
         "DINOv2 g, of width 1536; upstream's table of channels says 1408": (
             dino == DINO_PRESETS["g"]
         ),
@@ -91,7 +100,7 @@ def _sizes(cfg: DinoConfig | DitConfig) -> str:
 
 
 def _presets(table: Mapping[str, DinoConfig | DitConfig], *without: str) -> str:
-    names = [n for n in table if n not in ("tiny", *without)]
+    names = [n for n in table if n not in (*OWN_PRESETS, *without)]
     return ", ".join(f"{n.upper()} ({_sizes(table[n])})" for n in names)
 
 

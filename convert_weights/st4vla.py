@@ -38,6 +38,7 @@ from convert_weights.rules import (
 from convert_weights.safetensors_io import LazyTensor, Tensors, open_weights, shapes
 from st4vla_jax.config import (
     DIT_PRESETS,
+    OWN_PRESETS,
     BridgeConfig,
     ConfigError,
     DitConfig,
@@ -287,7 +288,7 @@ def _dit_config(shape: Mapping[str, tuple], run: RunFolder, num_heads: int | Non
         raise ConversionError(f"{error} (below {DIT})") from None
     width, action_dim = shape["x_embedder.linear.weight"]
     queries = shape["z_embedder.uncondition"][0]
-    presets = {c.hidden_size: c.num_heads for n, c in DIT_PRESETS.items() if n != "tiny"}
+    presets = {c.hidden_size: c.num_heads for n, c in DIT_PRESETS.items() if n not in OWN_PRESETS}
     num_heads = num_heads or run.value("framework.action_model.num_heads") or presets.get(width)
     if not num_heads:
         raise ConversionError(

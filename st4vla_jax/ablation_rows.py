@@ -20,7 +20,7 @@ CONFIG = "configs/ablation.py"
 IN_DISTRIBUTION = "val"  # the training distribution under other seeds
 HELD_OUT = tuple(split for split in SPLITS if split not in ("train", IN_DISTRIBUTION))
 DOMAINS = {"generic": "generic", "robot": "grounding"}  # of questions -> folder of a data set
-STAGES = ("stage0", "stage1")
+SINGLE, STAGES = "single", ("stage0", "stage1")
 CACHE = "compile_cache"  # jobs of one kind compile the same programs
 RUN = "run"  # workdir below a stage's or row's folder
 FINAL, SPLITS_FOLDER = "final", "splits"  # of a row's closed loops, in distribution and of the rest
@@ -36,7 +36,7 @@ class Budget:
 
     Attributes:
       episodes: demonstrations; grounding: records about robot scenes; generic: others.
-      stage0, stage1, row: updates.
+      single, stage0, stage1, row: updates; the first are stage 0's on pictures of one thing.
       curve: checkpoints of a row that are asked for boxes, evenly spaced, the last among them.
       records: questions of a test, of each domain.
       rollouts: closed-loop episodes of each task in distribution; of each other split, a quarter.
@@ -46,6 +46,7 @@ class Budget:
     episodes: int
     grounding: int
     generic: int
+    single: int
     stage0: int
     stage1: int
     row: int
@@ -70,9 +71,11 @@ class Budget:
 
 
 BUDGETS = {
-    "smoke": Budget(12, 48, 96, 4, 4, 4, 2, 12, 4),
-    "small": Budget(2000, 8000, 20_000, 6000, 1500, 3000, 5, 400, 200, ("reach", "pick")),
-    "medium": Budget(4000, 20_000, 60_000, 40_000, 8000, 20_000, 5, 400, 200, ("reach", "pick")),
+    "smoke": Budget(12, 48, 96, 4, 4, 4, 4, 2, 12, 4),
+    "small": Budget(2000, 8000, 20_000, 900, 5000, 1500, 3000, 5, 400, 200, ("reach", "pick")),
+    "medium": Budget(
+        4000, 20_000, 60_000, 2000, 40_000, 8000, 20_000, 5, 400, 200, ("reach", "pick")
+    ),
 }
 
 
@@ -180,7 +183,7 @@ class Plan:
         """A stage's or row's weights after ``step`` updates, all of them by default."""
         if name == "stage0" and self.stage0 is not None:
             return self.stage0
-        step = getattr(self.budget, name) if name in STAGES else step or self.budget.row
+        step = getattr(self.budget, name) if name in (SINGLE, *STAGES) else step or self.budget.row
         return self.out / name / RUN / CHECKPOINTS / f"{step:08d}"
 
     def answers(self, name: str) -> dict[str, dict[int, Path]]:
@@ -199,16 +202,19 @@ class Plan:
         budget = self.budget
         make = (*_python("st4vla_jax.tabletop.dataset"), "--out")
         train = ("--episodes", budget.episodes, "--grounding", budget.grounding)
-        train += ("--generic", budget.generic, "--tasks", *budget.tasks)
+        train += ("--generic", budget.generic, "--single", max(1, budget.generic // 3))
+        train += ("--tasks", *budget.tasks)
         test = ("--grounding", budget.records, "--generic", budget.records)
         test += ("--seed", 1, "--split", IN_DISTRIBUTION)
         yield _job("data/train", *make, self.out / "data/train", *train)
         yield _job("data/test", *make, self.out / "data/test", *test)
 
     def _stage(self, name: str) -> Iterator[Job]:
-        if name == "stage1" or self.stage0 is None:
-            start = "stage0" if name == "stage1" else ""
-            yield self._train(name, name, start, getattr(self.budget, name), 1, {})
+        if name == "stage1":
+            yield self._train(name, name, "stage0", self.budget.stage1, 1, {})
+        elif self.stage0 is None:
+            yield self._train(SINGLE, SINGLE, "", self.budget.single, 1, {})
+            yield self._train(name, name, SINGLE, self.budget.stage0, 1, {})
         for domain, steps in self.answers(name).items():
             yield self._evaluate(name, None, steps[0], "grounding", *self._questions(domain))
 
@@ -239,7 +245,7 @@ class Plan:
         for folder in _grounding_of(part):
             settings[f"data.sets.{folder}.path"] = data / folder / "records.jsonl"
             settings[f"data.sets.{folder}.images"] = data / folder
-        if part not in STAGES:
+        if part not in (SINGLE, *STAGES):
             settings["data.sets.tabletop.path"] = data / "tabletop/1.0.0"
         if start:
             settings["init.checkpoint"] = self.checkpoint(start)
@@ -268,7 +274,8 @@ def _grounding_of(part: str) -> tuple[str, ...]:
     """Grounding data that a part of CONFIG has, by their folders."""
     if part in ("vanilla_vla", "frozen"):
         return ()
-    return ("generic",) if part == "stage0" else ("generic", "grounding")
+    alone = {SINGLE: (SINGLE,), "stage0": ("generic",)}
+    return alone.get(part, ("generic", "grounding"))
 
 
 def _python(module: str) -> tuple[str, ...]:

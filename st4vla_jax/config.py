@@ -102,7 +102,14 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DinoConfig:
-    """DINOv2 (torch.hub facebookresearch/dinov2, no registers)."""
+    """DINOv2 (torch.hub facebookresearch/dinov2, no registers).
+
+    Attributes:
+      pretrain_size: side of the images that the position embedding was learned on.
+      image_size: side of the images given to it here.
+      from_scratch: differs: patches centred on their image, fixed positions and kernels of unit
+        gain, as in `VisionConfig`; no DINOv2 is built so.
+    """
 
     depth: int = 12
     hidden_size: int = 384
@@ -110,9 +117,10 @@ class DinoConfig:
     mlp_size: int = 1536
     swiglu: bool = False  # the g model's feed-forward
     patch_size: int = 14
-    pretrain_size: int = 518  # side of the images that the position embedding was learned on
-    image_size: int = 224  # side of the images given to it here
+    pretrain_size: int = 518
+    image_size: int = 224
     norm_eps: float = 1e-6
+    from_scratch: bool = False
 
     @property
     def tokens_per_view(self) -> int:
@@ -126,6 +134,9 @@ class DinoConfig:
             ),
             f"hidden_size {self.hidden_size} is not a multiple of {self.num_heads} heads": (
                 self.hidden_size % self.num_heads
+            ),
+            f"from_scratch: hidden_size {self.hidden_size} is no multiple of 4": (
+                self.from_scratch and self.hidden_size % 4
             ),
         }
         return [f"dino: {text}" for text, bad in checks.items() if bad]
@@ -248,6 +259,7 @@ class ModelConfig:
         return [text for text, bad in checks.items() if bad]
 
 
+OWN_PRESETS = ("tiny", "tabletop")  # of no released model
 _VISION_LARGE = VisionConfig(intermediate_size=3456)
 _BIG_TEXT = TextConfig(vocab_size=152_064, tie_word_embeddings=False)
 
@@ -306,6 +318,15 @@ DINO_PRESETS: dict[str, DinoConfig] = {
     "tiny": DinoConfig(
         depth=2, hidden_size=64, num_heads=4, mlp_size=128, pretrain_size=112, image_size=56
     ),
+    "tabletop": DinoConfig(
+        depth=2,
+        hidden_size=96,
+        num_heads=4,
+        mlp_size=192,
+        pretrain_size=112,
+        image_size=112,
+        from_scratch=True,
+    ),
 }
 
 DIT_PRESETS: dict[str, DitConfig] = {
@@ -313,6 +334,7 @@ DIT_PRESETS: dict[str, DitConfig] = {
     "b": DitConfig(),
     "l": DitConfig(depth=24, hidden_size=1024, num_heads=16),
     "tiny": DitConfig(depth=2, hidden_size=64, num_heads=4, num_condition_tokens=16, chunk=8),
+    "tabletop": DitConfig(depth=3, hidden_size=128, num_heads=4, num_condition_tokens=16, chunk=8),
 }
 
 

@@ -67,21 +67,27 @@ def test_rows_differ_where_they_should_and_nowhere_else():
     assert frozen == ["frozen"]
     trees["prompt"]["model"]["bridge"]["gradient_scale"] = 0.5
     assert trees["prompt"] == trees["decay"]
-    with pytest.raises(ValueError, match="nothing: there are stage0"):
+    with pytest.raises(ValueError, match="nothing: there are single, stage0"):
         config_file.get_config("nothing")
 
 
 def test_jobs_come_after_what_they_need():
     found = jobs()
     names = list(found)
-    assert names[:5] == [
+    assert names[:6] == [
         "data/train",
         "data/test",
+        "single/train",
         "stage0/train",
         "stage0/generic",
         "stage0/robot",
     ]
     assert names.index("stage1/train") < names.index("vanilla_vla/train")
+    starts = [
+        settings(found[f"{part}/train"]).get("init.checkpoint") for part in ("single", *STAGES)
+    ]
+    folders = [start and start.removesuffix("/run/checkpoints/00000004") for start in starts]
+    assert folders == [None, f"{OUT}/single", f"{OUT}/stage0"]
     rows = [name.split("/")[0] for name in names if name.endswith("/final")]
     assert rows == list(ROWS)
     for row in ROWS:
@@ -115,7 +121,7 @@ def test_every_key_of_a_command_is_one_of_its_config():
 def test_only_what_is_needed_is_planned():
     assert not any(name.startswith("stage1") for name in jobs(["prompt"]))
     given = jobs(["prompt"], stage0=OUT / "given")
-    assert "stage0/train" not in given and "stage0/generic" in given
+    assert not {"single/train", "stage0/train"} & set(given) and "stage0/generic" in given
     assert settings(given["prompt/train"])["init.checkpoint"] == str(OUT / "given")
 
 
@@ -137,17 +143,18 @@ def test_all_that_cannot_be_is_named():
     for part in ("--rows ful, did you mean 'full'?", "--rows x", "--decay 2", "--ratio 0.5", "nan"):
         assert part in str(error.value)
     with pytest.raises(AblationError, match=r"(?s)episodes 0.*records -1.*'fly'"):
-        Budget(0, 1, 1, 1, 1, 1, 1, -1, 1, ("fly",))
+        Budget(0, 1, 1, 1, 1, 1, 1, 1, -1, 1, ("fly",))
     with pytest.raises(AblationError, match="row 5 is no multiple of curve 2"):
-        Budget(1, 1, 1, 1, 1, 5, 2, 1, 1)
+        Budget(1, 1, 1, 1, 1, 1, 5, 2, 1, 1)
 
 
 def test_command_line(tmp_path, capsys):
     args = ["--out", str(tmp_path / "x"), "--budget", "small"]
-    parsed = ablation.parse_args([*args, "--updates", "5", "6", "10", "--records", "7"])
+    parsed = ablation.parse_args([*args, "--updates", "4", "5", "6", "10", "--records", "7"])
     parsed.data = [8, 9, 11]
     budget = ablation.chosen_budget(parsed)
-    assert (budget.stage0, budget.stage1, budget.row, budget.records) == (5, 6, 10, 7)
+    assert (budget.single, budget.stage0, budget.stage1, budget.row) == (4, 5, 6, 10)
+    assert budget.records == 7
     assert (budget.episodes, budget.grounding, budget.generic) == (8, 9, 11)
     assert budget.rollouts == BUDGETS["small"].rollouts
     assert ablation.main([*args, "--rows", "fulll"]) == 1

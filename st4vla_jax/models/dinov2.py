@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,14 @@ import numpy as np
 
 from st4vla_jax.config import DinoConfig, Runtime
 from st4vla_jax.models.layers import LayerNorm, Linear, Stack, boxed, normal_init, scan_blocks
-from st4vla_jax.models.vit import Mlp, SelfAttention, constrain_tokens, token_example
+from st4vla_jax.models.vit import (
+    CONTRAST,
+    Mlp,
+    SelfAttention,
+    absolute_positions,
+    constrain_tokens,
+    token_example,
+)
 
 # ImageNet statistics of the RGB channels in [0, 1], as DINOv2 was trained with.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
@@ -61,6 +70,15 @@ def _init(num_in: int) -> nn.initializers.Initializer:
     return normal_init(0.02)
 
 
+def _unit_gain(num_in: int) -> nn.initializers.Initializer:
+    """0.02 fits widths of hundreds: at 96 it makes every block nearly the identity."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return math.prod(shape[:num_in]) ** -0.5 * jax.random.normal(key, shape, dtype)
+
+    return init
+
+
 class LayerScale(nn.Module):
     """x * gamma, one factor a channel."""
 
@@ -104,7 +122,8 @@ class DinoBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         cfg, rt = self.cfg, self.rt
-        kwargs = {"dtype": rt.dtypes.compute, "param_dtype": rt.dtypes.params, "kernel_init": _init}
+        kwargs = {"dtype": rt.dtypes.compute, "param_dtype": rt.dtypes.params}
+        kwargs["kernel_init"] = _unit_gain if cfg.from_scratch else _init
         attn = SelfAttention(cfg.hidden_size, cfg.num_heads, "dino", name="attn", **kwargs)
         if cfg.swiglu:
             mlp = SwiGlu(cfg, rt, name="mlp")
@@ -195,6 +214,8 @@ class DinoV2(nn.Module):
                 f"not {height}x{width}; resize or crop them first"
             )
         patches = self.patch_embed(pixels)
+        if cfg.from_scratch:
+            patches = self._stem(patches, (height // cfg.patch_size, width // cfg.patch_size))
         cls = jnp.broadcast_to(self.cls_token, (*patches.shape[:-2], 1, cfg.hidden_size))
         x = jnp.concatenate([cls.astype(patches.dtype), patches], axis=-2)
         x = x + resize_positions(self.pos_embed, height // cfg.patch_size)  # the sum is in f32
@@ -207,3 +228,10 @@ class DinoV2(nn.Module):
         x = scan_blocks(body, x.astype(rt.dtypes.compute), self.blocks(), rt.remat)
         x = self.norm(x)
         return x[..., 0, :], x[..., 1:, :]
+
+    def _stem(self, patches: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        """`qwen_vision.from_scratch_stem` over whole images: [...,t,D] -> [...,t,D]."""
+        places = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1).reshape(-1, 2)
+        positions = absolute_positions(jnp.asarray(places), self.cfg.hidden_size)
+        x = patches.astype(jnp.float32)
+        return (CONTRAST * (x - x.mean(-2, keepdims=True)) + positions).astype(patches.dtype)

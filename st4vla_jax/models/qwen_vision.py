@@ -34,6 +34,7 @@ from st4vla_jax.models.layers import (
     scan_blocks,
 )
 from st4vla_jax.models.mrope import rotate
+from st4vla_jax.models.vit import CONTRAST, absolute_positions
 from st4vla_jax.sharding import constrain
 
 Array = jax.Array
@@ -67,26 +68,6 @@ def rotary_tables(patch_hw: Array, head_dim: int, theta: float) -> tuple[Array, 
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def absolute_positions(patch_hw: Array, width: int) -> Array:
-    """2-D sine and cosine positions of amplitude 1, as large as a fresh patch embedding.
-
-    A quarter of the width each: sine and cosine of the row, then of the column.  Frequencies fall
-    from 1 to 1/100 a patch: on grids of a few dozen patches the usual 1/10,000 would be constant.
-
-    Args:
-      patch_hw: i32[B,P,2] row and column of each patch.
-      width: D, a multiple of 4.
-
-    Returns:
-      f32[B,P,D].
-    """
-    count = width // 4
-    frequencies = 100.0 ** -(np.arange(count, dtype=np.float32) / count)
-    angles = patch_hw[..., None].astype(jnp.float32) * frequencies
-    waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)  # [B,P,2,D/2]
-    return waves.reshape(*patch_hw.shape[:-1], width)
-
-
 def from_scratch_stem(x: Array, patch_hw: Array, patch_image: Array) -> Array:
     """Embedded patches minus the mean of their image, times 3, plus `absolute_positions`.
 
@@ -106,7 +87,7 @@ def from_scratch_stem(x: Array, patch_hw: Array, patch_image: Array) -> Array:
     same = (patch_image[:, :, None] == patch_image[:, None]).astype(jnp.float32)
     mean = same @ x.astype(jnp.float32) / same.sum(-1, keepdims=True)
     positions = absolute_positions(patch_hw, x.shape[-1])
-    return (_CONTRAST * (x - mean) + positions).astype(x.dtype)
+    return (CONTRAST * (x - mean) + positions).astype(x.dtype)
 
 
 def block_groups(depth: int, full_indexes: tuple[int, ...]) -> list[tuple[int, int, int]]:
@@ -345,7 +326,6 @@ class VisionTower(nn.Module):
 
 _BLOCK_INPUT = "vision_block_input"
 _TILE = 64
-_CONTRAST = 3.0
 
 
 def _block_step(

@@ -8,11 +8,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from st4vla_jax.models.attention import attention
 from st4vla_jax.models.layers import Init, Linear
 from st4vla_jax.sharding import Rules, constrain
 
+CONTRAST = 3.0  # of a patch's difference from its image's mean, in towers from scratch
 KernelInit = Callable[[int], Init]  # number of input axes -> initializer (layers.fan_init)
 
 
@@ -81,3 +83,23 @@ def constrain_tokens(x: jax.Array, rules: Rules) -> jax.Array:
 def token_example(size: int, dtype: Any) -> jax.ShapeDtypeStruct:
     """Smallest input [1,1,D] that initialises a block (layers.Stack)."""
     return jax.ShapeDtypeStruct((1, 1, size), jnp.dtype(dtype))
+
+
+def absolute_positions(patch_hw: jax.Array, width: int) -> jax.Array:
+    """2-D sine and cosine positions of amplitude 1, as large as a fresh patch embedding.
+
+    A quarter of the width each: sine and cosine of the row, then of the column.  Frequencies fall
+    from 1 to 1/100 a patch: on grids of a few dozen patches the usual 1/10,000 would be constant.
+
+    Args:
+      patch_hw: i32[B,P,2] row and column of each patch.
+      width: D, a multiple of 4.
+
+    Returns:
+      f32[B,P,D].
+    """
+    count = width // 4
+    frequencies = 100.0 ** -(np.arange(count, dtype=np.float32) / count)
+    angles = patch_hw[..., None].astype(jnp.float32) * frequencies
+    waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)  # [B,P,2,D/2]
+    return waves.reshape(*patch_hw.shape[:-1], width)

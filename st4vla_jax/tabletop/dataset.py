@@ -5,6 +5,7 @@ python -m st4vla_jax.tabletop.dataset --episodes 2000 --grounding 4000 --generic
   DIR/tabletop/1.0.0           episodes in array_record shards, robot spec "tabletop"
   DIR/grounding/records.jsonl  boxes, points, traces, relations in robot scenes (stage 1, 2)
   DIR/generic/records.jsonl    the same of other shapes, without a robot (stage 0)
+  DIR/single/records.jsonl     generic ones of one thing, where stage 0 learns to see
   DIR/tokenizer                words and numbers as tokens, see `words`
   DIR/settings.json            what was asked for
 
@@ -44,7 +45,7 @@ from st4vla_jax.tabletop.episodes import (
     encode,
     successful,
 )
-from st4vla_jax.tabletop.generic import generic_example
+from st4vla_jax.tabletop.generic import COUNTS, generic_example
 from st4vla_jax.tabletop.grounding import robot_example
 from st4vla_jax.tabletop.sampling import SPLITS, splits_of
 from st4vla_jax.tabletop.tasks import TASKS
@@ -70,6 +71,7 @@ def write_dataset(
     episodes: int,
     grounding: int = 0,
     generic: int = 0,
+    single: int = 0,
     seed: int = 0,
     split: str = "train",
     tasks: Sequence[str] = TASKS,
@@ -82,7 +84,8 @@ def write_dataset(
       out: folder; see the module's docstring.
       episodes: how many demonstrations.
       grounding: how many records of robot scenes.
-      generic: how many of other pictures; none of a kind makes no folder for it.
+      generic: how many of other pictures.
+      single: how many of these with one thing; none of a kind makes no folder for it.
       seed: of everything.
       split: see `sampling.SPLITS`; names the tfds split too.
       tasks: in turn.
@@ -94,8 +97,9 @@ def write_dataset(
       ConversionError, OSError: as `data.conversion.run`.
     """
     settings = {
-        "episodes": episodes, "grounding": grounding, "generic": generic, "seed": seed,
-        "split": split, "tasks": list(tasks), "image_size": image_size, "code": _code_digest(),
+        "episodes": episodes, "grounding": grounding, "generic": generic, "single": single,
+        "seed": seed, "split": split, "tasks": list(tasks), "image_size": image_size,
+        "code": _code_digest(),
     }  # fmt: skip
     _check(settings, workers)
     _claim(out, settings)
@@ -105,21 +109,22 @@ def write_dataset(
             run(_episodes(settings, records), out / NAME / VERSION, threads=1)
         for name, count, make in (
             ("grounding", grounding, functools.partial(_robot_record, seed, split, image_size)),
-            ("generic", generic, functools.partial(_generic_record, seed, image_size)),
+            ("generic", generic, functools.partial(_generic_record, seed, image_size, len(COUNTS))),
+            ("single", single, functools.partial(_generic_record, seed, image_size, 1)),
         ):
             if count:
                 _write_grounding(out / name, records(make, range(count)), count)
 
 
 def _check(settings: dict[str, Any], workers: int) -> None:
-    counts = {key: settings[key] for key in ("episodes", "grounding", "generic", "seed")}
+    counts = {key: settings[key] for key in ("episodes", "grounding", "generic", "single", "seed")}
     problems = [
         f"--{key} {count}: must not be negative" for key, count in counts.items() if count < 0
     ]
     if settings["episodes"] > MAX_EPISODES:
         problems.append(f"--episodes {settings['episodes']}: at most {MAX_EPISODES} for a seed")
-    if not any(settings[key] for key in ("episodes", "grounding", "generic")):
-        problems.append("nothing to write: give --episodes, --grounding or --generic")
+    if not any(settings[key] for key in ("episodes", "grounding", "generic", "single")):
+        problems.append("nothing to write: give --episodes, --grounding, --generic or --single")
     if settings["image_size"] < 28:
         problems.append(f"--image_size {settings['image_size']}: at least 28 pixels")
     if workers < 1:
@@ -236,8 +241,8 @@ def _robot_record(seed: int, split: str, image_size: int, number: int) -> _Recor
     return _png(example.image), example.turns, example.info
 
 
-def _generic_record(seed: int, image_size: int, number: int) -> _Record:
-    example = generic_example(seed, number, image_size)
+def _generic_record(seed: int, image_size: int, most: int, number: int) -> _Record:
+    example = generic_example(seed, number, image_size, most=most)
     return _png(example.image), example.turns, example.info
 
 
@@ -279,6 +284,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="in turn; default: all")
     parser.add_argument("--grounding", type=int, default=0, help="records about robot scenes")
     parser.add_argument("--generic", type=int, default=0, help="records about other pictures")
+    parser.add_argument("--single", type=int, default=0, help="these with one thing")
     parser.add_argument("--image_size", type=int, default=112, help="pixels of a side")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     return parser

@@ -101,7 +101,9 @@ class _Thing:
         return (np.stack([self.corners.min(0), self.corners.max(0)]) * size).astype(np.float32)
 
 
-def generic_example(seed: int, index: int, size: int = 112, kind: str | None = None) -> Example:
+def generic_example(
+    seed: int, index: int, size: int = 112, kind: str | None = None, most: int = len(COUNTS)
+) -> Example:
     """A picture and a question about it.
 
     Args:
@@ -109,6 +111,7 @@ def generic_example(seed: int, index: int, size: int = 112, kind: str | None = N
       index: of the record; equal ones give an equal record.
       size: pixels of the picture's side.
       kind: box, point or text; default: drawn.
+      most: things in the picture.
 
     Raises:
       ValueError: an unknown kind.
@@ -117,7 +120,7 @@ def generic_example(seed: int, index: int, size: int = 112, kind: str | None = N
         raise ValueError(f"kind {kind!r}: there are {', '.join(_KINDS)}")
     rng = np.random.default_rng([seed, index, _STREAM])
     kind = kind or str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
-    things = _things(rng)
+    things = _things(rng, most)
     image = _draw(rng, things, size)
     thing = things[rng.integers(len(things))]
     more: dict[str, object] = {}
@@ -142,10 +145,10 @@ def _one(rng: np.random.Generator, texts: tuple[str, ...]) -> str:
     return texts[rng.integers(len(texts))]
 
 
-def _things(rng: np.random.Generator) -> list[_Thing]:
-    """As many as COUNTS says, apart from each other, each of its own colour."""
+def _things(rng: np.random.Generator, most: int) -> list[_Thing]:
+    """As many as COUNTS says up to ``most``, apart from each other, each of its own colour."""
     colours = rng.permutation(list(COLOURS))
-    wanted = 1 + int(rng.choice(len(COUNTS), p=COUNTS))
+    wanted = min(most, 1 + int(rng.choice(len(COUNTS), p=COUNTS)))
     things: list[_Thing] = []
     while len(things) < wanted:
         thing = _Thing(rng, str(colours[len(things)]))

@@ -110,6 +110,14 @@ def test_a_tower_from_scratch_is_refused_or_told_and_come_back(capsys, tmp_path)
     assert read_folder(tmp_path / "out").vision == cfg.vision
 
 
+def test_a_dino_from_scratch_is_named(capsys, tmp_path):
+    write_zeros(tmp_path / "c", model_config("tiny", "tabletop", "tiny"))
+    args = ("--checkpoint", tmp_path / "c", "--out", tmp_path / "out", "--format", "upstream")
+    message = refused(capsys, tmp_path, *args)
+    assert "dino.from_scratch" in message and "upstream has S (" in message
+    assert "TABLETOP" not in message
+
+
 def test_a_stock_config_says_nothing_of_it(tmp_path):
     cfg = model_config("tiny", None, None)
     hf = hf_config(cfg.vision, cfg.text)

@@ -155,6 +155,50 @@ def test_equals_transformers(cfg):
     np.testing.assert_allclose(jax.jit(dino.apply)(params, images), want[:, 1:], atol=1e-4)
 
 
+@pytest.mark.parity
+def test_the_stem_from_scratch_follows_the_patch_embedding():
+    """HF's model, its embedding centred on the image, times 3, plus positions patch by patch."""
+    cfg = dataclasses.replace(TINY, pretrain_size=70, from_scratch=True)
+    model = hf_model(cfg)
+    torch = pytest.importorskip("torch")
+    state = {k: v.numpy() for k, v in model.state_dict().items()}
+    params = {"params": from_torch(cfg, hub_names(state, cfg))}
+    images = np.random.default_rng(1).integers(0, 256, (2, 70, 70, 3), np.uint8)
+    grid, quarter = 70 // 14, cfg.hidden_size // 4
+    table = np.zeros((grid, grid, cfg.hidden_size), np.float32)
+    for row in range(grid):
+        for column in range(grid):
+            for k in range(quarter):
+                for axis, at in enumerate((row, column)):
+                    angle = at / 100 ** (k / quarter)
+                    table[row, column, 2 * quarter * axis + k] = np.sin(angle)
+                    table[row, column, 2 * quarter * axis + quarter + k] = np.cos(angle)
+    table = torch.from_numpy(table.reshape(grid**2, -1))
+    model.embeddings.patch_embeddings.register_forward_hook(
+        lambda *a: 3 * (a[2] - a[2].mean(1, keepdim=True)) + table
+    )
+    pixels = np.asarray(normalize_pixels(jnp.asarray(images)))
+    with torch.no_grad():
+        want = model(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())).last_hidden_state
+    got = jax.jit(DinoV2(cfg, FLOAT32).apply)(params, images)
+    np.testing.assert_allclose(got, want[:, 1:], atol=1e-4)
+
+
+def test_fresh_kernels_are_as_wide_as_their_inputs_ask():
+    for is_fresh in (False, True):
+        cfg = dataclasses.replace(TINY, hidden_size=64, from_scratch=is_fresh)
+        init = jax.jit(DinoV2(cfg, FLOAT32).init)
+        blocks = unbox(init(jax.random.key(0), np.zeros((1, 28, 28, 3), np.uint8))["params"])[
+            "blocks"
+        ]
+        for kernel, fan_in in (
+            (blocks["attn"]["qkv"]["kernel"], 64),
+            (blocks["attn"]["proj"]["kernel"], 64),
+            (blocks["mlp"]["fc2"]["kernel"], 128),
+        ):
+            assert np.std(kernel) == pytest.approx(fan_in**-0.5 if is_fresh else 0.02, rel=0.05)
+
+
 def test_pixels_are_normalised_as_by_torchvision():
     images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])

@@ -203,6 +203,15 @@ def test_all_wrong_flags_are_named_at_once(tmp_path):
         main([f"--out={tmp_path / 'set'}"])
 
 
+def test_pictures_of_one_thing_are_a_set_of_their_own(tmp_path):
+    write_dataset(tmp_path / "set", episodes=0, generic=40, single=40, image_size=28)
+    sides = {
+        name: "Which side" in (tmp_path / "set" / name / "records.jsonl").read_text()
+        for name in ("generic", "single")
+    }
+    assert sides == {"generic": True, "single": False}
+
+
 def test_a_split_leaves_out_tasks_it_means_nothing_for(tmp_path):
     write_dataset(
         tmp_path / "set", episodes=7, split="spatial", image_size=28,
@@ -223,10 +232,10 @@ def test_it_says_how_far_it_is(tmp_path, caplog, monkeypatch):
 
 @pytest.mark.slow
 def test_workers_change_nothing(tmp_path):
-    settings = {"episodes": 4, "generic": 40, "grounding": 20, "image_size": 28}
+    settings = {"episodes": 4, "generic": 40, "single": 20, "grounding": 20, "image_size": 28}
     write_dataset(tmp_path / "one", **settings)
     write_dataset(tmp_path / "two", **settings, workers=2)
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
-    for name in ("generic", "grounding"):
+    for name in ("generic", "single", "grounding"):
         one, two = ((tmp_path / run / name / "records.jsonl").read_text() for run in ("one", "two"))
         assert one == two

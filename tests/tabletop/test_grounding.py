@@ -143,6 +143,14 @@ def test_the_box_of_an_answer_holds_the_colour_of_the_question(make):
     assert np.mean(np.array(shares) > 0.2) >= 0.97  # the gripper hides some
 
 
+def test_in_pictures_of_one_thing_there_is_nothing_to_choose():
+    asked = {
+        most: {generic_example(5, i, 28, "text", most).turns[0].text.split()[0] for i in range(80)}
+        for most in (1, 4)
+    }
+    assert asked == {1: {"<image>What"}, 4: {"<image>What", "<image>Which", "<image>How"}}
+
+
 def test_lists_hold_a_labelled_box_for_every_object():
     found = [robot_example(2, index, kind="box", size=28) for index in range(120)]
     lists = [e for e in found if "every object" in e.turns[0].text]
