@@ -86,8 +86,8 @@ def size_problems(cfg: ModelConfig) -> list[str]:
         f"a DiT of {_sizes(dit)}; upstream has {_presets(DIT_PRESETS)}": dit_name(dit) is None,
         f"a DINOv2 of {_sizes(dino)} for images of {dino.image_size} pixels; upstream has "
         f"{_presets(DINO_PRESETS, 'g')}, and 224 pixels": dino_name(dino) is None,
-        "a DINOv2 that centres patches and adds fixed positions (dino.from_scratch); upstream's does "
-        "not, and would give other tokens": dino.from_scratch,
+        "a DINOv2 that centres patches and adds fixed positions (dino.from_scratch); upstream's "
+        "does not, and would give other tokens": dino.from_scratch,
         "DINOv2 g, of width 1536; upstream's table of channels says 1408": (
             dino == DINO_PRESETS["g"]
         ),

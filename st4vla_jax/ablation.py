@@ -3,14 +3,13 @@
 python -m st4vla_jax.ablation --out DIR --budget smoke|small|medium [--rows NAME ...]
     [--decay 1.0 0.5 0.1 0.0] [--ratio 1 5 10 20]
     [--updates SINGLE STAGE0 STAGE1 ROW] [--data EPISODES GROUNDING GENERIC] [--curve N]
-    [--rollouts N] [--records N] [--tasks TASK ...] [--stage0 CHECKPOINT]
+    [--rollouts N] [--records N] [--tasks TASK ...] [--stage0 CHECKPOINT] [--jobs N]
 
 Stage 0, once: a tiny VLM on generic scenes, the first of one thing only, where it learns to see; it
-stands in for Qwen2.5-VL.  Then each row at equal
-action updates and seeds: vanilla_vla (actions alone), cotrain (and grounding), prompt (and the
-spatial prompt), decay (and the gradient decay), full (and stage 1 on robot scenes before), frozen
-(the VLM of stage 1, never updated).  ``--decay`` and ``--ratio`` add rows that are ``full`` but for
-one value.
+stands in for Qwen2.5-VL.  Then each row at equal action updates and seeds: vanilla_vla (actions
+alone), cotrain (and grounding), prompt (and the spatial prompt), decay (and the gradient decay),
+full (and stage 1 on robot scenes before), frozen (the VLM of stage 1, never updated).  ``--decay``
+and ``--ratio`` add rows that are ``full`` but for one value.
 
 Everything is the project's own commands; their output is in DIR/logs.  The same command goes on
 where it stopped, and with more rows it adds them.  DIR gets table.md, table.json and report.html.
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from st4vla_jax.ablation_rows import BUDGETS, ROWS, AblationError, Budget, Plan, chosen_rows
-from st4vla_jax.ablation_run import StoppedError, claim, run_jobs
+from st4vla_jax.ablation_run import StoppedError, claim, run_chains, run_jobs
 from st4vla_jax.ablation_table import REPORT, write_results
 from st4vla_jax.distributed import RESTART_EXIT_CODE
 from st4vla_jax.resume import find_checkpoint
@@ -43,6 +42,8 @@ def ablation(args: argparse.Namespace) -> None:
       StoppedError: told to stop.
     """
     rows = chosen_rows(args.rows, args.decay, args.ratio)
+    if args.jobs < 1:
+        raise AblationError(f"--jobs {args.jobs}: at least 1")
     budget = chosen_budget(args)
     stage0 = find_checkpoint(args.stage0).absolute() if args.stage0 else None
     out = args.out.absolute()
@@ -50,7 +51,8 @@ def ablation(args: argparse.Namespace) -> None:
     settings["stage0_checkpoint"] = str(stage0) if stage0 else None
     claim(out, settings)
     plan = Plan(out, budget, stage0)
-    run_jobs(out, plan.jobs(rows))
+    run_jobs(out, plan.shared(rows))
+    run_chains(out, plan.chains(rows), args.jobs)
     for line in write_results(plan, rows, settings):
         print(line)
     print(out / REPORT)
@@ -87,6 +89,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--rollouts", type=int, help="closed-loop episodes of each task")
     add("--records", type=int, help="test questions of each domain")
     add("--tasks", nargs="+", choices=TASKS, metavar="TASK", help="of the closed loop")
+    add("--jobs", type=int, default=1, help="rows side by side (on one GPU too)")
     add("--stage0", type=Path, help="checkpoint in place of stage 0")
     return parser.parse_args(argv)
 

@@ -170,14 +170,16 @@ class Plan:
     def __init__(self, out: Path, budget: Budget, stage0: Path | None = None) -> None:
         self.out, self.budget, self.stage0 = out, budget, stage0
 
-    def jobs(self, rows: Sequence[Row]) -> Iterator[Job]:
-        """Everything that the table of these rows needs, each after what it needs."""
+    def shared(self, rows: Sequence[Row]) -> Iterator[Job]:
+        """What the rows start from, each job after what it needs."""
         yield from self._data()
         yield from self._stage("stage0")
         if any(row.start == "stage1" for row in rows):
             yield from self._stage("stage1")
-        for row in rows:
-            yield from self._row(row)
+
+    def chains(self, rows: Sequence[Row]) -> list[list[Job]]:
+        """The rows' jobs; those of a row follow each other, rows do not need each other."""
+        return [list(self._row(row)) for row in rows]
 
     def checkpoint(self, name: str, step: int | None = None) -> Path:
         """A stage's or row's weights after ``step`` updates, all of them by default."""

@@ -1,5 +1,6 @@
 """The ablation: what it plans, that it goes on where it stopped, and its table."""
 
+import itertools
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from st4vla_jax.ablation_rows import (
     Plan,
     chosen_rows,
 )
-from st4vla_jax.ablation_run import StoppedError, claim, run_jobs, seconds
+from st4vla_jax.ablation_run import StoppedError, claim, run_chains, run_jobs, seconds
 from st4vla_jax.ablation_table import orderings, read_row, table, write_results
 from st4vla_jax.eval.statistics import Rate
 from st4vla_jax.train_config import TrainConfig, plain
@@ -37,7 +38,11 @@ SMOKE = BUDGETS["smoke"]
 
 
 def jobs(rows=(), **plan):
-    return {job.name: job.command for job in Plan(OUT, SMOKE, **plan).jobs(chosen_rows(rows))}
+    return {job.name: job.command for job in all_jobs(Plan(OUT, SMOKE, **plan), chosen_rows(rows))}
+
+
+def all_jobs(plan, rows):
+    return [*plan.shared(rows), *itertools.chain.from_iterable(plan.chains(rows))]
 
 
 def settings(command):
@@ -128,7 +133,7 @@ def test_only_what_is_needed_is_planned():
 def test_sweeps_are_full_but_for_one_value():
     rows = chosen_rows(["full"], decays=[1.0, 0.0], ratios=[20])
     assert [row.name for row in rows] == ["full", "full_decay_1", "full_decay_0", "full_ratio_20"]
-    commands = {j.name: settings(j.command) for j in Plan(OUT, SMOKE).jobs(rows)}
+    commands = {j.name: settings(j.command) for j in all_jobs(Plan(OUT, SMOKE), rows)}
     full = commands["full/train"]
     for name, key, value in (
         ("full_decay_0", "model.bridge.gradient_scale", "0.0"),
@@ -159,6 +164,8 @@ def test_command_line(tmp_path, capsys):
     assert budget.rollouts == BUDGETS["small"].rollouts
     assert ablation.main([*args, "--rows", "fulll"]) == 1
     assert "did you mean 'full'" in capsys.readouterr().err
+    assert ablation.main([*args, "--jobs", "0"]) == 1
+    assert "--jobs 0: at least 1" in capsys.readouterr().err
     assert ablation.main([*args, "--stage0", str(tmp_path)]) == 1
     assert str(tmp_path) in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
@@ -191,7 +198,8 @@ def test_what_is_done_is_not_done_again(tmp_path):
         run_jobs(out, [stopped], said.append)
 
 
-def test_a_signal_reaches_the_job(tmp_path):
+@pytest.mark.parametrize("call", ["run_jobs(out, [job])", "run_chains(out, [[job]], 2)"])
+def test_a_signal_reaches_the_job(tmp_path, call):
     """The job ends in order, and its time is kept."""
     code = (
         "import signal, sys, time\n"
@@ -203,9 +211,10 @@ def test_a_signal_reaches_the_job(tmp_path):
     runner = (
         "import sys, signal; from pathlib import Path\n"
         "from st4vla_jax.ablation_rows import Job\n"
-        "from st4vla_jax.ablation_run import run_jobs\n"
+        "from st4vla_jax.ablation_run import run_chains, run_jobs\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
-        f"run_jobs(Path({str(tmp_path)!r}), [Job('a', (sys.executable, '-S', '-c', {code!r}))])"
+        f"out, job = Path({str(tmp_path)!r}), Job('a', (sys.executable, '-S', '-c', {code!r}))\n"
+        f"{call}"
     )
     process = subprocess.Popen([sys.executable, "-c", runner], cwd=ROOT, env=dict(os.environ))
     try:
@@ -221,6 +230,38 @@ def test_a_signal_reaches_the_job(tmp_path):
     assert (tmp_path / "saved").exists()
     assert seconds(tmp_path, "a") is None
     assert list((tmp_path / "done").glob("*.unfinished"))
+
+
+def waits_for(name, mine, others):
+    code = "import pathlib, sys, time\n"
+    code += f"pathlib.Path({str(mine)!r}).touch(); end = time.monotonic() + 30\n"
+    code += f"while not pathlib.Path({str(others)!r}).exists():\n"
+    code += "    time.sleep(0.01); time.monotonic() < end or sys.exit(1)"
+    return python(name, code)
+
+
+def test_chains_run_side_by_side(tmp_path):
+    """Each job waits for a file of the other chain's job."""
+    chains = [[waits_for(n, tmp_path / n, tmp_path / o)] for n, o in ("ab", "ba")]
+    (tmp_path / "out").mkdir()
+    run_chains(tmp_path / "out", chains, 2, [].append)
+    assert all(seconds(tmp_path / "out", name) is not None for name in "ab")
+
+
+def test_the_first_failure_stops_the_other_chains(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    never = waits_for("never", tmp_path / "on", tmp_path / "nothing")
+    fails = [
+        waits_for("waits", tmp_path / "x", tmp_path / "on"),
+        python("fails", "raise SystemExit(3)"),
+    ]
+    start = time.monotonic()
+    with pytest.raises(AblationError, match="fails: exit status 3"):
+        run_chains(out, [[never, python("later", "")], fails, [python("last", "")]], 2, [].append)
+    assert time.monotonic() - start < 20
+    assert [seconds(out, name) for name in ("never", "later", "last")] == [None] * 3
+    assert seconds(out, "waits") is not None
 
 
 def test_other_settings_are_refused(tmp_path):
