@@ -388,6 +388,8 @@ _PARTS = {
     "vision": VisionConfig, "text": TextConfig, "dino": DinoConfig, "bridge": BridgeConfig,
     "dit": DitConfig,
 }  # fmt: skip
+# Checkpoints written before these were there say nothing of them, and mean the default.
+_LATER = {"vision.from_scratch", "dino.from_scratch"}
 
 
 def to_dict(cfg: ModelConfig) -> dict[str, Any]:
@@ -396,7 +398,10 @@ def to_dict(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def from_dict(tree: dict[str, Any]) -> ModelConfig:
-    """Inverse of `to_dict`; unknown or missing keys raise ConfigError, all listed."""
+    """Inverse of `to_dict`; unknown or missing keys raise ConfigError, all listed.
+
+    Flags that older checkpoints do not know may be missing.
+    """
     problems, parts = [f"unknown section {k!r}" for k in tree if k not in _PARTS], {}
     for part, cls in _PARTS.items():
         if part not in tree:
@@ -407,7 +412,8 @@ def from_dict(tree: dict[str, Any]) -> ModelConfig:
             continue
         names = {f.name for f in dataclasses.fields(cls)}
         problems += [f"unknown key {part}.{k}" for k in values if k not in names]
-        problems += [f"missing key {part}.{k}" for k in names if k not in values]
+        missing = {f"{part}.{k}" for k in names if k not in values} - _LATER
+        problems += [f"missing key {key}" for key in sorted(missing)]
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
         parts[part] = cls(**known)
     if problems:

@@ -57,7 +57,7 @@ class Compiled:
       program_flops, model_flops: of a step on all chips, as traced, and as valid tokens need.
       cost: of a step on one chip.
       minimum: kind of collective -> bytes that this layout must move.
-      of_activations: collectives with the shape of activations.
+      of_activations: collectives with the shape of activations, other than a tensor axis's sums.
       rematerialised: the partitioner's complaints about layouts that it could not turn.
       logits: whether scores of the whole vocabulary are ever formed.
       seconds: of tracing, lowering and compiling.
@@ -160,7 +160,9 @@ def compile_plan(plan: Plan, tpu: Slice, options: Mapping[str, str]) -> Compiled
         model_flops=_model_flops(plan),
         cost=cost,
         minimum=minimum_traffic(plan),
-        of_activations=tuple(c for c in cost.collectives if _is_activation(c, plan)),
+        of_activations=tuple(
+            c for c in cost.collectives if _is_activation(c, plan) and not _sums_tensor(c, plan)
+        ),
         rematerialised=said.count(REMATERIALISED),
         logits=has_logits(module, config.model.text.vocab_size // plan.mesh.shape["tensor"]),
         seconds=seconds,
@@ -301,6 +303,12 @@ def _is_activation(collective: Collective, plan: Plan) -> bool:
         not is_weight(dims) and pairs & set(zip(dims, dims[1:], strict=False))
         for dims in collective.dims
     )
+
+
+def _sums_tensor(collective: Collective, plan: Plan) -> bool:
+    """Whether it sums over the tensor axis, the mesh's last: what that axis is for."""
+    first, last = min(collective.group), max(collective.group)
+    return collective.kind == "all-reduce" and last - first < plan.mesh.shape["tensor"]
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -65,3 +65,10 @@ def test_vlm_alone():
     assert c.from_dict(c.to_dict(cfg)) == cfg
     with pytest.raises(c.ConfigError, match="together"):
         c.model_config("tiny", "tiny", None)
+
+
+def test_flags_that_older_checkpoints_do_not_know_may_be_missing():
+    cfg = c.model_config("tiny", "tiny", "tiny")
+    tree = c.to_dict(cfg)
+    del tree["vision"]["from_scratch"], tree["dino"]["from_scratch"]
+    assert c.from_dict(tree) == cfg

@@ -243,6 +243,15 @@ def test_activations_are_told_from_weights():
     assert not plan_compile._is_activation(kept, plan)
 
 
+def test_sums_along_the_tensor_axis_are_what_it_is_for():
+    plan = plan_for(1, 2, 2)
+    summed = collective("all-reduce", 1)
+    assert plan_compile._sums_tensor(summed, plan)
+    assert not plan_compile._sums_tensor(summed, plan_for(1, 2, 1))
+    for other in ({"kind": "all-gather"}, {"group": (0, 2)}, {"group": (0, 1, 2, 3)}):
+        assert not plan_compile._sums_tensor(dataclasses.replace(summed, **other), plan)
+
+
 def test_advice_is_ranked_by_what_it_saves():
     plan = plan_for(4, 1, 1)
     table = memory_table(plan)
