@@ -234,14 +234,21 @@ def take_rows(table: jax.Array, ids: jax.Array, rules: Rules) -> jax.Array:
 # instead of nn.scan, because a bridge over several layers scans static slices of the language
 # model's stack while its own blocks ride along (DESIGN.md section 6).
 
-# "full_keep_weights" is "full", but where weights are sharded, those that the decoder gathers for
-# the forward pass are kept for the backward pass (models/prefetch.py).
+# Two are "full" but for the decoder.  "full_keep_weights": where weights are sharded, those that it
+# gathers for the forward pass are kept for the backward pass (models/prefetch.py).  "dots_decoder":
+# it keeps its products, as in "dots", of which the vision tower has as many bytes for fewer FLOPs.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "full_keep_weights": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots_decoder": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def decoder_policy(policy: str) -> str:
+    """The name in REMAT_POLICIES of what the decoder's blocks keep."""
+    return "dots" if policy == "dots_decoder" else policy
 
 
 def remat(fn: Callable, policy: str) -> Callable:

@@ -25,6 +25,7 @@ from st4vla_jax.models.layers import (
     Params,
     RMSNorm,
     Stack,
+    decoder_policy,
     layer_slice,
     remat,
     scan_blocks,
@@ -290,7 +291,7 @@ class LanguageModel(nn.Module):
                 skip = start + 1 - tap.start
                 ridden = jax.tree.map(lambda v, s=skip, n=stop - start: v[s : s + n], tap.xs)
             inputs = (layer_slice(stack, start, stop), jnp.arange(start, stop), ridden)
-            state = scan_blocks(body, state, inputs, self.rt.remat)
+            state = scan_blocks(body, state, inputs, decoder_policy(self.rt.remat))
         return state
 
     def _prefetches(self, stack: Params) -> bool:
@@ -302,7 +303,7 @@ class LanguageModel(nn.Module):
             rope, segment_ids, mask = consts
             return block.apply({"params": params}, x, rope, segment_ids, mask=mask)[0]
 
-        apply = remat(apply, self.rt.remat)
+        apply = remat(apply, decoder_policy(self.rt.remat))
         layout = Layout(self.blocks.axes(), self.rt.rules, self.rt.dtypes.compute)
         keep = self.rt.remat == "full_keep_weights"
         return scan_prefetched(apply, x, stack, consts, layout, keep)

@@ -70,7 +70,9 @@ def program(model, mesh, params):
         return str(jax.make_jaxpr(run)(params))
 
 
-@pytest.mark.parametrize("remat,kept", [("full", 1), ("dots", 7), ("full_keep_weights", 13)])
+@pytest.mark.parametrize(
+    "remat,kept", [("full", 1), ("dots", 7), ("dots_decoder", 7), ("full_keep_weights", 13)]
+)
 def test_what_is_kept_for_the_backward_pass(one_device, remat, kept):
     """A block's input; six products; or the twelve weights, gathered."""
     found = []
