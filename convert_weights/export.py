@@ -50,11 +50,6 @@ def structural_problems(cfg: ModelConfig) -> list[str]:
     """Parts that upstream has no tensors for."""
     if not cfg.has_action:
         return ["it is a VLM alone, without bridge and DiT; use --format hf"]
-    if cfg.bridge.state_dim:
-        return [
-            f"its bridge reads proprioception (state_dim {cfg.bridge.state_dim}); upstream has no "
-            "state encoder and would refuse or ignore those weights; use --format hf"
-        ]
     return []
 
 
@@ -74,6 +69,8 @@ def size_problems(cfg: ModelConfig) -> list[str]:
         return []
     dino, bridge, dit = cfg.dino, cfg.bridge, cfg.dit
     checks = {
+        f"its bridge reads proprioception (state_dim {bridge.state_dim}); upstream has no state "
+        "encoder and would refuse or ignore those weights": bridge.state_dim,
         f"{bridge.num_queries} queries; upstream's DiT takes {QUERIES}": (
             bridge.num_queries != QUERIES
         ),

@@ -208,7 +208,7 @@ def dino_rules(cfg: DinoConfig) -> list[Rule]:
 
 
 def bridge_rules(cfg: BridgeConfig, vlm_size: int, dino_size: int) -> list[Rule]:
-    """`dino_pro.*` and `layer_qformer.*`; the state encoder has no upstream counterpart."""
+    """`dino_pro.*` and `layer_qformer.*`; the state encoder, of our own, beside them."""
     sizes = {
         "d": cfg.hidden_size, "e": vlm_size, "b": dino_size, "q": cfg.num_queries, "s": 3,
         "n": cfg.num_heads, "h": cfg.hidden_size // cfg.num_heads,

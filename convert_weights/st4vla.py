@@ -322,6 +322,9 @@ def _bridge_config(
             f"but the tensors hold {layers} Q-Former layers"
         )
     queries, width = shape["layer_qformer.query_tokens"]
+    state = {}
+    if len(fc1 := shape.get("state_encoder.fc1.weight", ())) == 2:  # of an export of ours
+        state = {"state_hidden_size": fc1[0], "state_dim": fc1[1]}
     return BridgeConfig(
         start_layer=start,
         end_layer=end,
@@ -329,6 +332,7 @@ def _bridge_config(
         hidden_size=width,
         num_heads=num_heads or run.value("framework.layer_qformer.num_heads") or 8,
         mlp_ratio=shape["layer_qformer.layers.0.mlp.0.weight"][0] // width,
+        **state,
     )
 
 

@@ -204,7 +204,7 @@ class Plan:
         budget = self.budget
         make = (*_python("st4vla_jax.tabletop.dataset"), "--out")
         train = ("--episodes", budget.episodes, "--grounding", budget.grounding)
-        train += ("--generic", budget.generic, "--single", max(1, budget.generic // 3))
+        train += ("--generic", budget.generic, "--single", max(1, 3 * budget.generic // 10))
         train += ("--tasks", *budget.tasks)
         test = ("--grounding", budget.records, "--generic", budget.records)
         test += ("--seed", 1, "--split", IN_DISTRIBUTION)

@@ -222,10 +222,12 @@ def _refused(error: str, tpu: Slice) -> CompileError:
         r"\(([\d.]+)([KMGT])\) exceeds", error
     )
     needed = float(used[1]) * sizes[used[2]] if used else 0.0
+    has = tpu.chip.hbm_bytes
     text = f"{needed / GIB:.2f} GiB" if needed else "more"
+    short = f", {(needed - has) / GIB:.2f} GiB too little" if needed else ""
     return OutOfMemoryError(
-        f"does not fit: the step needs {text}, a {tpu.chip.name} chip has "
-        f"{tpu.chip.hbm_bytes / GIB:.2f} GiB ({first[:200]})",
+        f"does not fit: the step needs {text}, a {tpu.chip.name} chip has {has / GIB:.2f} GiB"
+        f"{short} ({first[:200]})",
         needed,
     )
 

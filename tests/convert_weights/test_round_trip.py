@@ -9,8 +9,22 @@ import yaml
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from convert_weights import to_jax, to_torch, verify
-from st4vla_jax.checkpoint import nested, param_shapes, read_meta, read_params
+from convert_weights.st4vla import policy_rules
+from st4vla_jax.checkpoint import (
+    STATISTICS,
+    ActionSpec,
+    Meta,
+    nested,
+    param_shapes,
+    read_leaf,
+    read_meta,
+    read_params,
+    write_checkpoint,
+)
+from st4vla_jax.config import model_config
+from st4vla_jax.data.image import ImageConfig
 from st4vla_jax.data.prompts import TEMPLATES, PromptConfig
+from st4vla_jax.data.tokenizer import byte_level_tokenizer
 from tests.reference import checkpoints as tiny
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -273,3 +287,23 @@ def test_difference_beside_equal_nans():
         a[3], b[3] = value, other
         found = verify.difference(a, b, 1, 1)
         assert (found.absolute, found.within) == (np.inf, False)
+
+
+def test_a_policy_that_reads_its_state_goes_to_pytorch_and_back(tmp_path):
+    """Its state encoder has names of our own there."""
+    cfg = model_config("tiny", "tiny", "tiny", bridge={"state_dim": 7, "state_hidden_size": 12})
+    rng = np.random.default_rng(0)
+    leaves = {r.jax: rng.normal(size=r.jax_shape).astype(np.float32) for r in policy_rules(cfg)}
+    tiny_meta = Meta(cfg, PromptConfig(), ImageConfig(), ActionSpec())
+    files = {STATISTICS: json.dumps(tiny.STATISTICS).encode()}
+    write_checkpoint(tmp_path / "policy", leaves.items(), tiny_meta, files)
+    byte_level_tokenizer().save(tmp_path / "policy/meta/tokenizer")
+    run(to_torch.main, "--checkpoint", tmp_path / "policy", "--out", tmp_path / "torch",
+        "--format", "both", "--allow-custom-sizes")  # fmt: skip
+    weights = next((tmp_path / "torch/upstream/checkpoints").glob("*.pt"))
+    keys = {key for key in torch.load(weights) if key.startswith("state_encoder.")}
+    assert keys == {f"state_encoder.fc{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")}
+    run(to_jax.main, "--out", tmp_path / "back", "--st4vla", weights)
+    assert read_meta(tmp_path / "back").model.bridge == cfg.bridge
+    for path, value in leaves.items():
+        np.testing.assert_array_equal(read_leaf(tmp_path / "back", path), value)
