@@ -57,7 +57,13 @@ class Layout:
 
 
 def scan_prefetched(
-    apply: Apply, x: Array, stack: Params, consts: Any, layout: Layout, keep: bool
+    apply: Apply,
+    x: Array,
+    stack: Params,
+    consts: Any,
+    layout: Layout,
+    keep: bool = False,
+    early: bool = False,
 ) -> Array:
     """Applies the blocks of a stack in order.
 
@@ -70,13 +76,17 @@ def scan_prefetched(
       consts: what all blocks read; gets no gradient.
       layout: of one block.
       keep: keeps the gathered weights for the backward pass, which then gathers none.
+      early: the backward pass of a block reads ``consts`` when the next weights have come.  For
+        blocks whose backward pass begins with products that need none of them: the compiler's
+        scheduler hides gathers that nothing waits for behind the round's last products alone,
+        where the gradients' sums are too.
     """
-    return _scan(apply, layout, keep, x, stack, consts)
+    return _scan(apply, layout, (keep, early), x, stack, consts)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _scan(apply, layout, keep, x, stack, consts):
-    return _forward(apply, layout, keep, x, stack, consts)[0]
+def _scan(apply, layout, how, x, stack, consts):
+    return _forward(apply, layout, how, x, stack, consts)[0]
 
 
 @jax.tree_util.register_static
@@ -95,8 +105,8 @@ def _last(stack: Params) -> int:
     return len(jax.tree.leaves(stack)[0]) - 1
 
 
-def _forward(apply, layout, keep, x, stack, consts):
-    last = _last(stack)
+def _forward(apply, layout, how, x, stack, consts):
+    (keep, _), last = how, _last(stack)
 
     def body(carry, layer):
         x, weights = carry
@@ -111,15 +121,18 @@ def _forward(apply, layout, keep, x, stack, consts):
     return x, (pullbacks, stack, consts)
 
 
-def _backward(apply, layout, keep, residuals, grad):
+def _backward(apply, layout, how, residuals, grad):
     pullbacks, stack, consts = residuals
-    last = _last(stack)
+    (keep, early), last = how, _last(stack)
 
     def body(carry, xs):
         grad, weights = carry
         pullback, layer = xs
         before = None if keep else layout.gather(stack, jnp.maximum(layer - 1, 0))
-        shared = jax.tree.leaves((consts, weights))
+        late = consts
+        if early and not keep:
+            late, before = jax.lax.optimization_barrier((consts, before))
+        shared = jax.tree.leaves((late, weights))
         whole = jax.tree.map(
             lambda v: shared[v.index] if _is_shared(v) else v, pullback, is_leaf=_is_shared
         )

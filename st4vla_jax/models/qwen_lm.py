@@ -303,7 +303,14 @@ class LanguageModel(nn.Module):
             rope, segment_ids, mask = consts
             return block.apply({"params": params}, x, rope, segment_ids, mask=mask)[0]
 
-        apply = remat(apply, decoder_policy(self.rt.remat))
-        layout = Layout(self.blocks.axes(), self.rt.rules, self.rt.dtypes.compute)
-        keep = self.rt.remat == "full_keep_weights"
-        return scan_prefetched(apply, x, stack, consts, layout, keep)
+        policy = decoder_policy(self.rt.remat)
+        return scan_prefetched(
+            remat(apply, policy),
+            x,
+            stack,
+            consts,
+            Layout(self.blocks.axes(), self.rt.rules, self.rt.dtypes.compute),
+            keep=policy == "full_keep_weights",
+            # With its products kept, the MLP's gradients come before all that reads positions.
+            early=policy == "dots",
+        )

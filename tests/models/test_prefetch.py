@@ -92,6 +92,13 @@ def test_what_is_kept_for_the_backward_pass(one_device, remat, kept):
     assert len(found[0]) == kept and all(len(x) == CFG.num_hidden_layers for x in found[0])
 
 
+@pytest.mark.parametrize("remat,waits", [("full", 0), ("dots", 1), ("dots_decoder", 1)])
+def test_what_reads_positions_may_wait_for_the_next_weights(one_device, remat, waits):
+    with jax.set_mesh(make_mesh(2, 4, 1)):
+        traced = jax.make_jaxpr(loss_of(decoder(remat)))(one_device[1], *inputs())
+    assert str(traced).count("optimization_barrier") == waits
+
+
 def test_adapters_take_the_plain_scan(one_device):
     """Their leaves have no place in the layout of a block."""
     _, params, _ = one_device
