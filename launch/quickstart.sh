@@ -4,7 +4,8 @@
 #   OUT=DIR    folder of everything that it makes (default runs/quickstart, runs/quickstart_smoke)
 #   VENV=DIR   virtual environment to make or reuse (default .venv)
 #   PYTHON=EXE interpreter to make it with (default python3; 3.11 or newer)
-# Run again, it goes on where it stopped.
+# Run again, it goes on where it stopped.  Training starts from the tiny weights in
+# st4vla_jax/tabletop/weights, as real training starts from Qwen2.5-VL and DINOv2.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,10 +14,11 @@ episodes=400 grounding=2000 stage1=300 stage2=300 test_records=64 test_episodes=
 if [[ ${1:-} == --smoke ]]; then
     episodes=24 grounding=96 stage1=4 stage2=4 test_records=8 test_episodes=2
 elif [[ $# -gt 0 ]]; then
-    sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 2
 fi
 
+weights=st4vla_jax/tabletop/weights
 venv=${VENV:-.venv}
 if [[ ! -x $venv/bin/python ]]; then
     "${PYTHON:-python3}" -m venv "$venv"
@@ -47,10 +49,10 @@ run "$python" -m st4vla_jax.tabletop.dataset --episodes "$episodes" --grounding 
     --out "$out/data"
 
 say "2 of 6: stage 1, the VLM learns to answer with boxes, points and trajectories"
-train 1 "$stage1"
+train 1 "$stage1" --config.init.checkpoint="$weights"
 
 say "3 of 6: stage 2, actions and grounding together"
-train 2 "$stage2" --config.init.checkpoint="$out/stage1" \
+train 2 "$stage2" --config.init.checkpoint="$weights" --config.init.vlm="$out/stage1" \
     --config.data.sets.tabletop.path="$out/data/tabletop/1.0.0"
 checkpoint=$(find "$out/stage2/checkpoints" -maxdepth 1 -name '[0-9]*' | sort | tail -n 1)
 

@@ -3,7 +3,8 @@
 A model of the hardware, not a measurement: every instruction takes the longer of its products at
 the peak rate and its bytes at HBM's bandwidth, every collective its bytes over the links that its
 group reaches.  A collective is hidden as far as there is work between its start and its done in the
-compiler's schedule; work hides one collective at a time.  Otherwise it is exposed.
+compiler's schedule; work hides one collective at a time, or two permutations in opposite ways.
+Otherwise it is exposed.
 """
 
 from __future__ import annotations
@@ -216,7 +217,7 @@ class _Model:
                 for inner in self._module.inside(start):
                     if _key(start, inner) in spans:
                         spans[_key(start, inner)].append(number)
-        left = [self._duration(i) for i in schedule]
+        left = np.array([[self._duration(i)] * 2 for i in schedule])
         for key in [key for key in spans if key in begun]:
             numbers = spans[key]
             first, last = min(numbers), max(numbers)
@@ -228,7 +229,7 @@ class _Model:
         schedule: list[Instruction],
         first: int,
         last: int,
-        left: list[float],
+        left: np.ndarray,
         runs: int,
     ) -> Collective:
         groups = groups_of(inner, len(self._devices))
@@ -244,10 +245,11 @@ class _Model:
             shapes = shapes[len(shapes) // 2 :] if kind == "all-gather" else shapes[:1]
         size = sum(s.bytes for s in shapes)
         seconds = exposed = self._transfer(kind, size, groups)
+        ways = _ways(kind, groups)
         for number in range(first, last + 1) if last > first else ():
-            used = min(exposed, left[number])
+            used = min(exposed, left[number, ways].min())
             exposed -= used
-            left[number] -= used
+            left[number, ways] -= used
         origin = re.search(r'op_name="([^"]*)"', inner.attributes)
         return Collective(
             kind, runs, size, groups[0], tuple(map(str, shapes)), tuple(s.dims for s in shapes),
@@ -284,6 +286,13 @@ class _Model:
             if extent > 1:
                 links += 2 if extent == size and self._tpu.is_ring(axis) else 1
         return max(1, links)
+
+
+def _ways(kind: str, groups: list[tuple[int, ...]]) -> list[int]:
+    """Ways along its links that a collective takes; permutations that go up or down take one."""
+    if kind != "collective-permute":
+        return [0, 1]
+    return [int(sum(np.sign(target - source) for source, target in groups) < 0)]
 
 
 def _key(instruction: Instruction, inner: Instruction) -> tuple[str, str]:

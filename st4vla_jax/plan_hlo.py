@@ -97,15 +97,17 @@ class Module:
         return runs
 
     def trips(self, loop: Instruction) -> int:
-        """Rounds of a while loop: the constant that its condition compares with; at least 1."""
-        condition = re.search(r"condition=%([\w.\-]+)", loop.attributes)[1]
-        bounds = [
-            int(found[1])
-            for instruction in self.computations[condition]
-            if instruction.opcode == "constant"
-            and (found := re.match(r"\s*(\d+)", ",".join(instruction.operands)))
-        ]
-        return max([1, *bounds])
+        """Rounds of a while loop that counts from 0; at least 1.
+
+        The constant that its condition compares with, over what a round adds: unrolled loops add
+        more than 1.
+        """
+        condition, body = (
+            self.computations[re.search(rf"{key}=%([\w.\-]+)", loop.attributes)[1]]
+            for key in ("condition", "body")
+        )
+        bound = max([1, *filter(None, map(_constant, condition))])
+        return math.ceil(bound / _step(condition[-1], condition, body))
 
     def inside(self, instruction: Instruction) -> Iterator[Instruction]:
         """What is in a fusion, nested ones included, or in what a SparseCore runs; else itself."""
@@ -115,6 +117,25 @@ class Module:
         for called in instruction.called():
             for inner in self.computations[called]:
                 yield from self.inside(inner)
+
+
+def _constant(instruction: Instruction) -> int | None:
+    """The whole number that an instruction stands for."""
+    text = ",".join(instruction.operands)
+    found = re.match(r"\s*(\d+)\s*$", text) if instruction.opcode == "constant" else None
+    return int(found[1]) if found else None
+
+
+def _step(test: Instruction, condition: list[Instruction], body: list[Instruction]) -> int:
+    """What a round adds to the counter that the condition's test reads; 1 where it is not seen."""
+    read = {i.name: i for i in condition}.get(test.operands[0])
+    if not read or not (place := re.search(r"index=(\d+)", read.attributes)):
+        return 1
+    known = {i.name: i for i in body}
+    following = known.get(body[-1].operands[int(place[1])])
+    if not following or following.opcode != "add":
+        return 1
+    return max([1, *(n for name in following.operands if (n := _constant(known[name])))])
 
 
 def parse_hlo(text: str) -> Module:

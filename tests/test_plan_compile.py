@@ -38,14 +38,16 @@ ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 256
 
 
-def config(mesh, depth=12):
+def config(mesh, depth=12, times=1):
     """A tiny run whose VLM has widths and heads of 128 lanes on each chip, as large ones have.
 
-    Twelve layers, so that the gather too many of a prefetched scan is under a tenth; compiling them
-    takes no longer than two.
+    So many times the samples.  Twelve layers, so that the gather too many of a prefetched scan is
+    under a tenth; compiling them takes no longer than two.
     """
     tree = tiny(stage2_action.get_config())
     tree.runtime.update({"compute": "bfloat16", "remat": "full", "vocab_tile": 64})
+    for kind in ("robot_samples", "grounding_samples"):
+        tree.data.schedule[kind] *= times
     tree.runtime.attention = "xla"  # kernels compile slowly; tests/models compiles them
     built = TrainConfig.from_dict(tree)
     model = built.model
@@ -67,14 +69,13 @@ def plan_for(*mesh):
     return make_plan(config(mesh), math.prod(mesh))
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    tpu = parse_slice("v5e:2x2")
+def compile_tiny(topology, mesh, times=1):
+    tpu = parse_slice(topology)
     try:
         devices = slice_devices(tpu)
     except TopologyError as error:
         pytest.skip(str(error))
-    plan = make_plan(config((2, 2, 1)), devices)
+    plan = make_plan(config(mesh, times=times), devices)
     # Without effort on the schedule, which is not looked at, it takes two thirds of the time.
     jax.config.update("jax_exec_time_optimization_effort", -1.0)
     try:
@@ -82,6 +83,11 @@ def compiled():
             return plan, compile_plan(plan, tpu, launch_flags(tpu.chip))
     finally:
         jax.config.update("jax_exec_time_optimization_effort", 0.0)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return compile_tiny("v5e:2x2", (2, 2, 1))
 
 
 @pytest.mark.aot
@@ -106,6 +112,19 @@ def test_what_is_said_of_a_compiled_step(compiled):
     lines = "\n".join(plan_report.compiled_lines(plan, found))
     assert "peak HBM of a chip" in lines and "all-gather" in lines
     json.dumps(plan_report.compiled_report(plan, found))
+
+
+@pytest.mark.slow
+@pytest.mark.aot
+def test_cost_grows_with_the_chips(compiled):
+    """Four times the chips and samples: the FLOPs of a sample and the bytes of a chip stay."""
+    _, small = compiled
+    _, large = compile_tiny("v5e:4x4", (8, 2, 1), times=4)
+    assert large.samples == 4 * small.samples
+    assert large.program_flops / 4 == pytest.approx(small.program_flops, rel=0.05)
+    assert large.traffic().keys() == small.traffic().keys()
+    for kind, (_, _, size) in large.traffic().items():
+        assert size == pytest.approx(small.traffic()[kind][2], rel=0.05), kind
 
 
 def test_logits_are_found():

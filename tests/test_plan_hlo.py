@@ -246,6 +246,56 @@ def test_what_sparse_cores_do_goes_on_beside_the_work():
     assert found.exposed_hbm == pytest.approx(work + 4 * 1024 / CHIP.hbm_bandwidth)
 
 
+RING = """HloModule ring, is_scheduled=true
+
+%body (arg: (s32[], f32[256,256])) -> (s32[], f32[256,256]) {
+  %arg = (s32[], f32[256,256]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %x = f32[256,256]{1,0} get-tuple-element(%arg), index=1
+  %two = s32[] constant(2)
+  %up = (f32[256,256]{1,0}, f32[256,256]{1,0}) collective-permute-start(%x), UP
+  %down = (f32[256,256]{1,0}, f32[256,256]{1,0}) collective-permute-start(%x), DOWN
+  %work = f32[256,256]{1,0} negate(%x)
+  %up.done = f32[256,256]{1,0} collective-permute-done(%up)
+  %down.done = f32[256,256]{1,0} collective-permute-done(%down)
+  %next = s32[] add(%i, %two)
+  ROOT %out = (s32[], f32[256,256]{1,0}) tuple(%next, %down.done)
+}
+
+%condition (arg.1: (s32[], f32[256,256])) -> pred[] {
+  %arg.1 = (s32[], f32[256,256]{1,0}) parameter(0)
+  %rounds = s32[] constant(8)
+  %j = s32[] get-tuple-element(%arg.1), index=0
+  ROOT %less = pred[] compare(%j, %rounds), direction=LT
+}
+
+ENTRY %main (a: (s32[], f32[256,256])) -> (s32[], f32[256,256]) {
+  %a = (s32[], f32[256,256]{1,0}) parameter(0)
+  ROOT %loop = (s32[], f32[256,256]{1,0}) while(%a), condition=%condition, body=%body
+}
+"""
+UP = "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}"
+DOWN = "source_target_pairs={{0,3},{1,0},{2,1},{3,2}}"
+
+
+def permutations(up, down):
+    program = RING.replace("UP", up).replace("DOWN", down)
+    return step_cost(parse_hlo(program), TPU, DEVICES).collectives
+
+
+def test_unrolled_loops_run_less_often():
+    assert [c.runs for c in permutations(UP, DOWN)] == [4, 4]
+
+
+def test_permutations_in_opposite_ways_go_on_at_once():
+    work = 2 * 4 * 256 * 256 / CHIP.hbm_bandwidth
+    for up, down, second in ((UP, DOWN, work), (UP, UP, 0.0), (DOWN, DOWN, 0.0)):
+        found = permutations(up, down)
+        assert all(c.seconds == 4 * 256 * 256 / CHIP.link_bandwidth for c in found)
+        hidden = [c.seconds - c.exposed for c in found]
+        assert hidden == pytest.approx([work, second])
+
+
 def test_text_that_is_no_program():
     with pytest.raises(ValueError, match="no entry computation"):
         parse_hlo("error")
