@@ -38,7 +38,7 @@ def get_config(part: str = "decay") -> ConfigDict:
         return config
     config.data.schedule.update({"robot_samples": 16, "grounding_samples": 8})
     config.optim.warmup = config.evaluation.diagnostics = 50
-    config.model.bridge.update({"state_dim": 7, "gradient_scale": 0.5 if part == "decay" else 1.0})
+    config.model.bridge.gradient_scale = 0.5 if part == "decay" else 1.0
     if part in ("vanilla_vla", "cotrain"):
         config.data.prompts = ("none",)
     if part in ("vanilla_vla", "frozen"):

@@ -15,8 +15,7 @@ ROOT = "data/tabletop"
 
 
 def grounding_set(name: str, root: str) -> dict:
-    folder = f"{root}/{name}"
-    files = {"path": f"{folder}/records.jsonl", "images": folder}
+    files = {"path": f"{root}/{name}/records.jsonl", "images": f"{root}/{name}"}
     return {"kind": "grounding", "holdout": 0.1, **files}
 
 
@@ -33,14 +32,13 @@ def make_config(is_vlm: bool, **sets: dict) -> ConfigDict:
     config.data.prompts = ("{instruction}. Locate the key object.",)
     config.data.schedule.update({"tokens": 640, "robot_samples": 24, "grounding_samples": 12})
     config.steps, config.save_every = 400, 200
-    config.evaluation.every = 200
-    config.evaluation.samples = 16
+    config.evaluation.update({"every": 200, "samples": 16})
     if not is_vlm:
         config.data.schedule.views = 2
         config.evaluation.diagnostics = 100
         config.loss.repeats = 2
         # The second block of the Q-Former asks with what the first has read of the instruction.
-        config.model.bridge.update({"start_layer": 1, "end_layer": 3})
+        config.model.bridge.update({"start_layer": 1, "end_layer": 3, "state_dim": 7})
         return config
     config = vlm_alone(config)
     config.data.schedule.grounding_samples = 32

@@ -46,7 +46,7 @@ train() { # STAGE UPDATES [more settings]
 
 say "1 of 6: a data set of robot episodes and grounding records, made here"
 run "$python" -m st4vla_jax.tabletop.dataset --episodes "$episodes" --grounding "$grounding" \
-    --out "$out/data"
+    --tasks reach --out "$out/data"
 
 say "2 of 6: stage 1, the VLM learns to answer with boxes, points and trajectories"
 train 1 "$stage1" --config.init.checkpoint="$weights"
@@ -82,10 +82,12 @@ observation = Tabletop(image_size=112).reset(seed=7, task="reach", split="val")
 for view, image in observation.images.items():
     Image.fromarray(image).save(folder / f"{view}.png")
 (folder / "instruction.txt").write_text(observation.instruction)
+(folder / "state.txt").write_text(",".join(map(str, observation.state.tolist())))
 PYTHON
 run "$python" -m st4vla_jax.predict action --checkpoint "$checkpoint" \
     --image "$out/snapshot/primary.png" --image "$out/snapshot/wrist.png" \
-    --instruction "$(cat "$out/snapshot/instruction.txt")" --out "$out/action.json"
+    --instruction "$(cat "$out/snapshot/instruction.txt")" \
+    --state="$(cat "$out/snapshot/state.txt")" --out "$out/action.json"
 
 say "everything is in $out"
 cat <<TEXT
