@@ -68,7 +68,7 @@ def test_it_is_compiled_once(whole):
 def test_a_step_of_it_acts(whole):
     policy = Policy.load(whole[0] / "checkpoints/00000006")
     image = np.random.default_rng(0).integers(0, 256, (56, 56, 3), np.uint8)
-    result = policy.act([image], "reach the red ball")
+    result = policy.act([image], "reach the red ball", state=np.zeros(7, np.float32))
     assert result.actions.shape == (1, 8, 7) and np.isfinite(result.actions).all()
 
 

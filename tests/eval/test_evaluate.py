@@ -104,6 +104,8 @@ def test_held_out_actions_of_a_run(tmp_path, capsys):
     """The run's own config says where its data are; statistics are the checkpoint's."""
     write_dataset(tmp_path / "data", episodes=12, grounding=8, image_size=56)
     config = get_config("stage2")
+    config.model.update({"dino": "tiny", "dit": "tiny"})
+    config.model.bridge.state_dim = 0
     config.data.sets.tabletop.path = str(tmp_path / "data" / "tabletop" / "1.0.0")
     config.data.sets.tabletop.holdout = 0.4
     config.data.sets.grounding.path = str(tmp_path / "data" / "grounding" / "records.jsonl")

@@ -26,7 +26,7 @@ SMALL = {
     "data.schedule.grounding_samples": 2, "data.schedule.tokens": 256, "data.schedule.views": 1,
     "data.schedule.window": 4, "data.schedule.multiple": 4, "data.image.size": "(56,56)",
     "data.image.max_pixels": 3136, "data.sets.tabletop.views": "('primary',)", "optim.warmup": 2,
-    "log.tensorboard": False,
+    "log.tensorboard": False, "model.dino": "tiny", "model.dit": "tiny",
 }  # fmt: skip
 
 
