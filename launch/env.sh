@@ -25,9 +25,6 @@ ST4VLA_TPU_FUSION_FLAGS=(
     --xla_tpu_overlap_compute_collective_tc=true
     # splits all-gathers in start and done, without which nothing can be put between
     --xla_enable_async_all_gather=true
-    # gradients of any size (MiB) are summed over the chips in a ring, piece by piece beside the
-    # product that makes them, where data is 1; as reduce-scatters they hold everything up
-    --xla_jf_spmd_threshold_for_windowed_einsum_mib=0
 )
 
 # v5p, v6e: their SparseCores move the data while the tensor core computes; every collective becomes
