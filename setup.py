@@ -21,6 +21,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["st4vla_jax*", "convert_weights*", "configs*"]),
+    package_data={"st4vla_jax": ["tabletop/weights/**"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10,<0.12",
