@@ -225,8 +225,10 @@ def _refused(error: str, tpu: Slice) -> CompileError:
     has = tpu.chip.hbm_bytes
     text = f"{needed / GIB:.2f} GiB" if needed else "more"
     short = f", {(needed - has) / GIB:.2f} GiB too little" if needed else ""
+    # Of what is over by itself the compiler does not say what the arguments take.
+    step = "the step's temporaries alone need" if "temporaries" in error else "the step needs"
     return OutOfMemoryError(
-        f"does not fit: the step needs {text}, a {tpu.chip.name} chip has {has / GIB:.2f} GiB"
+        f"does not fit: {step} {text}, a {tpu.chip.name} chip has {has / GIB:.2f} GiB"
         f"{short} ({first[:200]})",
         needed,
     )

@@ -157,7 +157,7 @@ Used 19.36G of 15.75G hbm. Exceeded hbm capacity by 3.61G."""
     [
         (MEMORY, OutOfMemoryError, r"needs 19\.36 GiB, a v5e chip has 15\.75 GiB, 3\.61"),
         ("RESOURCE_EXHAUSTED: HLO temporaries (19.36G) exceeds available HBM (15.75G)",
-         OutOfMemoryError, r"needs 19\.36 GiB"),
+         OutOfMemoryError, r"temporaries alone need 19\.36 GiB"),
         ("INVALID_ARGUMENT: No such compile option: 'xla_tpu_x'", CompileError, "'xla_tpu_x'"),
         ("INTERNAL: Mosaic failed", CompileError, "refuses this step: INTERNAL: Mosaic failed"),
     ],
