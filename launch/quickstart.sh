@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 out=${OUT:-runs/quickstart${1:+_smoke}}
-episodes=400 grounding=2000 stage1=300 stage2=300 test_records=64 test_episodes=20
+episodes=400 grounding=2000 stage1=200 stage2=150 test_records=128 test_episodes=20
 if [[ ${1:-} == --smoke ]]; then
     episodes=24 grounding=96 stage1=4 stage2=4 test_records=8 test_episodes=2
 elif [[ $# -gt 0 ]]; then
