@@ -11,8 +11,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 out=${OUT:-runs/quickstart${1:+_smoke}}
 episodes=400 grounding=2000 stage1=200 stage2=150 test_records=128 test_episodes=20
+batches=4 samples=32
 if [[ ${1:-} == --smoke ]]; then
     episodes=24 grounding=96 stage1=4 stage2=4 test_records=8 test_episodes=2
+    batches=1 samples=2
 elif [[ $# -gt 0 ]]; then
     sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 2
@@ -59,7 +61,7 @@ checkpoint=$(find "$out/stage2/checkpoints" -maxdepth 1 -name '[0-9]*' | sort | 
 say "4 of 6: scores on scenes that were not trained on"
 run "$python" -m st4vla_jax.tabletop.dataset --grounding "$test_records" --seed 1 --out "$out/test"
 run "$python" -m st4vla_jax.evaluate --checkpoint "$checkpoint" --out "$out/evaluation" \
-    --suite actions grounding tabletop --batches 2 --samples 8 \
+    --suite actions grounding tabletop --batches "$batches" --samples "$samples" \
     --data "$out/test/grounding/records.jsonl" --prior "$out/data/grounding/records.jsonl" \
     --tasks reach --episodes "$test_episodes"
 
