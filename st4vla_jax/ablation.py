@@ -94,11 +94,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _stop(*_: Any) -> None:
+    """Ends the running jobs in order, which then save their state."""
+    # `timeout` signals twice; the second one would leave the jobs alone.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(RESTART_EXIT_CODE)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; bad input gives one message on stderr and exit code 1."""
     args = parse_args(argv)
-    # A signal ends the running job in order, which then saves its state.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(RESTART_EXIT_CODE))
+    signal.signal(signal.SIGTERM, _stop)
     try:
         ablation(args)
     except StoppedError as error:
