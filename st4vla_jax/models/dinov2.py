@@ -12,11 +12,11 @@ import numpy as np
 from st4vla_jax.config import DinoConfig, Runtime
 from st4vla_jax.models.layers import LayerNorm, Linear, Stack, boxed, normal_init, scan_blocks
 from st4vla_jax.models.vit import (
-    CONTRAST,
     Mlp,
     SelfAttention,
     absolute_positions,
     constrain_tokens,
+    from_scratch_tokens,
     token_example,
 )
 
@@ -233,5 +233,5 @@ class DinoV2(nn.Module):
         """`qwen_vision.from_scratch_stem` over whole images: [...,t,D] -> [...,t,D]."""
         places = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1).reshape(-1, 2)
         positions = absolute_positions(jnp.asarray(places), self.cfg.hidden_size)
-        x = patches.astype(jnp.float32)
-        return (CONTRAST * (x - x.mean(-2, keepdims=True)) + positions).astype(patches.dtype)
+        mean = patches.astype(jnp.float32).mean(-2, keepdims=True)
+        return from_scratch_tokens(patches, mean, positions)

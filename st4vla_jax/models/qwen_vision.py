@@ -34,7 +34,7 @@ from st4vla_jax.models.layers import (
     scan_blocks,
 )
 from st4vla_jax.models.mrope import rotate
-from st4vla_jax.models.vit import CONTRAST, absolute_positions
+from st4vla_jax.models.vit import absolute_positions, from_scratch_tokens
 from st4vla_jax.sharding import constrain
 
 Array = jax.Array
@@ -86,8 +86,7 @@ def from_scratch_stem(x: Array, patch_hw: Array, patch_image: Array) -> Array:
     """
     same = (patch_image[:, :, None] == patch_image[:, None]).astype(jnp.float32)
     mean = same @ x.astype(jnp.float32) / same.sum(-1, keepdims=True)
-    positions = absolute_positions(patch_hw, x.shape[-1])
-    return (CONTRAST * (x - mean) + positions).astype(x.dtype)
+    return from_scratch_tokens(x, mean, absolute_positions(patch_hw, x.shape[-1]))
 
 
 def block_groups(depth: int, full_indexes: tuple[int, ...]) -> list[tuple[int, int, int]]:

@@ -14,7 +14,7 @@ from st4vla_jax.models.attention import attention
 from st4vla_jax.models.layers import Init, Linear
 from st4vla_jax.sharding import Rules, constrain
 
-CONTRAST = 3.0  # of a patch's difference from its image's mean, in towers from scratch
+_CONTRAST = 3.0  # of a patch's difference from its image's mean, in towers from scratch
 KernelInit = Callable[[int], Init]  # number of input axes -> initializer (layers.fan_init)
 
 
@@ -103,3 +103,17 @@ def absolute_positions(patch_hw: jax.Array, width: int) -> jax.Array:
     angles = patch_hw[..., None].astype(jnp.float32) * frequencies
     waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)  # [B,P,2,D/2]
     return waves.reshape(*patch_hw.shape[:-1], width)
+
+
+def from_scratch_tokens(x: jax.Array, mean: jax.Array, positions: jax.Array) -> jax.Array:
+    """Embedded patches of a tower from scratch: x minus the mean of its image, times 3, placed.
+
+    Args:
+      x: [...,D] embedded patches.
+      mean: f32[...,D] of their images.
+      positions: f32[...,D] of `absolute_positions`.
+
+    Returns:
+      Like ``x``.
+    """
+    return (_CONTRAST * (x - mean) + positions).astype(x.dtype)
