@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 
 from convert_weights.rules import ConversionError
 from st4vla_jax.checkpoint import CheckpointError
@@ -18,6 +14,7 @@ from st4vla_jax.data.image import ImageError
 from st4vla_jax.data.normalize import StatisticsError
 from st4vla_jax.data.prompts import PromptError
 from st4vla_jax.data.tokenizer import TokenizerError
+from st4vla_jax.signals import orderly_end
 
 # Errors whose message says what to do; all others are our mistakes and show their traceback.
 ERRORS = (
@@ -41,27 +38,6 @@ def command(main: Main) -> Main:
                 return 1
 
     return run
-
-
-@contextlib.contextmanager
-def orderly_end() -> Iterator[None]:
-    """SIGTERM and SIGINT raise SystemExit, so that unfinished folders are removed.
-
-    By default SIGTERM ends the process on the spot, and 8 GB stay behind.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers, and only it gets signals
-        return
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)  # as shells count it
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def positive(text: str) -> int:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from st4vla_jax.ablation_run import StoppedError, claim, run_chains, run_jobs
 from st4vla_jax.ablation_table import REPORT, write_results
 from st4vla_jax.distributed import RESTART_EXIT_CODE
 from st4vla_jax.resume import find_checkpoint
+from st4vla_jax.signals import orderly_end
 from st4vla_jax.tabletop.tasks import TASKS
 
 
@@ -94,19 +94,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _stop(*_: Any) -> None:
-    """Ends the running jobs in order, which then save their state."""
-    # `timeout` signals twice; the second one would leave the jobs alone.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(RESTART_EXIT_CODE)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; bad input gives one message on stderr and exit code 1."""
     args = parse_args(argv)
-    signal.signal(signal.SIGTERM, _stop)
     try:
-        ablation(args)
+        with orderly_end(RESTART_EXIT_CODE):  # the running jobs save their state
+            ablation(args)
     except StoppedError as error:
         print(f"ablation: {error}", file=sys.stderr)
         return RESTART_EXIT_CODE
