@@ -10,6 +10,7 @@ python -m st4vla_jax.train --config=configs/tabletop.py:stage2 --workdir=runs/ta
 from ml_collections import ConfigDict
 
 from configs.common import tiny, train_config, vlm_alone
+from st4vla_jax.tabletop.language import PROMPT
 
 ROOT = "data/tabletop"
 
@@ -20,8 +21,8 @@ def grounding_set(name: str, root: str) -> dict:
 
 
 def robot_set(root: str) -> dict:
-    path, views = f"{root}/tabletop/1.0.0", ("primary", "wrist")
-    return {"kind": "rlds", "path": path, "spec": "tabletop", "views": views, "holdout": 0.1}
+    path = f"{root}/tabletop/1.0.0"
+    return {"kind": "rlds", "path": path, "spec": "tabletop", "holdout": 0.1}
 
 
 def make_config(is_vlm: bool, **sets: dict) -> ConfigDict:
@@ -29,12 +30,11 @@ def make_config(is_vlm: bool, **sets: dict) -> ConfigDict:
     config = tiny(train_config(**sets))
     config.model.update({"vlm": "tabletop", "dino": "tabletop", "dit": "tabletop"})
     config.data.system = "tabletop"
-    config.data.prompts = ("{instruction}. Locate the key object.",)
+    config.data.prompts = (PROMPT,)
     config.data.schedule.update({"tokens": 640, "robot_samples": 24, "grounding_samples": 12})
     config.steps, config.save_every = 400, 200
     config.evaluation.update({"every": 200, "samples": 16})
     if not is_vlm:
-        config.data.schedule.views = 2
         config.evaluation.diagnostics = 100
         config.loss.repeats = 2
         # The second block of the Q-Former asks with what the first has read of the instruction.

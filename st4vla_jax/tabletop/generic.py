@@ -5,6 +5,7 @@ What a tiny model learns from them stands in for what Qwen2.5-VL knows before it
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -102,16 +103,23 @@ class _Thing:
 
 
 def generic_example(
-    seed: int, index: int, size: int = 112, kind: str | None = None, most: int = len(COUNTS)
+    seed: int,
+    index: int,
+    size: int = 112,
+    kind: str | None = None,
+    most: int = len(COUNTS),
+    questions: int = 1,
 ) -> Example:
-    """A picture and a question about it.
+    """A picture and questions about it.
 
     Args:
       seed: of the data set.
       index: of the record; equal ones give an equal record.
       size: pixels of the picture's side.
-      kind: box, point or text; default: drawn.
+      kind: box, point or text; default: drawn for each question.
       most: things in the picture.
+      questions: asked in turn about one thing after the other.  A second answer to the same picture
+        shows that the words of the question choose.
 
     Raises:
       ValueError: an unknown kind.
@@ -119,26 +127,38 @@ def generic_example(
     if kind not in (None, *_KINDS):
         raise ValueError(f"kind {kind!r}: there are {', '.join(_KINDS)}")
     rng = np.random.default_rng([seed, index, _STREAM])
-    kind = kind or str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
+    first = kind or _kind(rng)
     things = _things(rng, most)
     image = _draw(rng, things, size)
-    thing = things[rng.integers(len(things))]
-    more: dict[str, object] = {}
+    order = rng.permutation(len(things))
+    turns, info = _ask(rng, things[order[0]], things, first, size)
+    for number in range(1, questions):
+        thing = things[order[number % len(things)]]
+        turns += _ask(rng, thing, things, kind or _kind(rng), size)[0]
+    opening = dataclasses.replace(turns[0], text=IMAGE + turns[0].text)
+    return Example(image, (opening, *turns[1:]), {"kind": first, **info})
+
+
+def _kind(rng: np.random.Generator) -> str:
+    return str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
+
+
+def _ask(
+    rng: np.random.Generator, thing: _Thing, things: list[_Thing], kind: str, size: int
+) -> tuple[tuple[Turn, ...], dict[str, object]]:
+    """A question about a thing with its answer, and keys of the record if it is the first."""
     if kind == "text":
         question, answer = _question(rng, thing, things)
-        regions: tuple[Region, ...] = ()
+        return (Turn("user", question), Turn("assistant", answer)), {}
+    words, box = _phrase(rng, thing, things), thing.box(size)
+    more: dict[str, object] = {}
+    if kind == "box":
+        question, region = _one(rng, _BOX_PROMPTS).format(words), Region("box", box)
     else:
-        words = _phrase(rng, thing, things)
-        answer = answer_text(1)
-        box = thing.box(size)
-        if kind == "box":
-            question, regions = _one(rng, _BOX_PROMPTS).format(words), (Region("box", box),)
-        else:
-            question = _one(rng, _POINT_PROMPTS).format(words)
-            regions = (Region("point", box.mean(axis=0, keepdims=True)),)
-            more = {"box": box.ravel().round(2).tolist()}
-    turns = (Turn("user", IMAGE + question), Turn("assistant", answer, regions))
-    return Example(image, turns, {"kind": kind, **more})
+        question = _one(rng, _POINT_PROMPTS).format(words)
+        region = Region("point", box.mean(axis=0, keepdims=True))
+        more = {"box": box.ravel().round(2).tolist()}
+    return (Turn("user", question), Turn("assistant", answer_text(1), (region,))), more
 
 
 def _one(rng: np.random.Generator, texts: tuple[str, ...]) -> str:

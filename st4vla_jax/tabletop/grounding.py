@@ -17,7 +17,7 @@ from st4vla_jax.data.importers import BOX_QUESTION, POINT_QUESTION, TRACE_QUESTI
 from st4vla_jax.data.prompts import IMAGE, PromptConfig, spatial_prompt
 from st4vla_jax.data.source import Region, Turn
 from st4vla_jax.tabletop.demonstrator import command
-from st4vla_jax.tabletop.language import RELATIONS, STYLES, expressions, relation
+from st4vla_jax.tabletop.language import PROMPT, RELATIONS, STYLES, expressions, relation
 from st4vla_jax.tabletop.render import Renderer, to_pixels
 from st4vla_jax.tabletop.sampling import SPLITS, Assignment, sample, splits_of
 from st4vla_jax.tabletop.scene import Body, Scene
@@ -37,12 +37,13 @@ class Example:
 
     Attributes:
       image: u8[h,w,3].
-      turns: one question and its answer.
-      info: further keys of the record, as JSON; "box" is the target's where the answer is a point.
+      turns: questions and their answers, the picture in the first.
+      info: further keys of the record, as JSON, about the first question; "box" is the target's
+        where its answer is a point.
     """
 
     image: np.ndarray
-    turns: tuple[Turn, Turn]
+    turns: tuple[Turn, ...]
     info: dict[str, Any]
 
 
@@ -94,7 +95,14 @@ def _inside(points: Any, size: int) -> np.ndarray:
 
 
 def robot_example(
-    seed: int, index: int, split: str = "train", size: int = 112, kind: str | None = None
+    seed: int,
+    index: int,
+    split: str = "train",
+    size: int = 112,
+    kind: str | None = None,
+    *,
+    tasks: Sequence[str] = TASKS,
+    questions: int = 1,
 ) -> Example:
     """A grounding record about a moment of a demonstration.
 
@@ -103,32 +111,42 @@ def robot_example(
       index: of the record; equal ones give an equal record, no scene is one of an episode.
       split: see `sampling.SPLITS`.
       size: pixels of the picture's side.
-      kind: box, point, trajectory or relation; default: drawn.
+      kind: box, point, trajectory or relation; default: drawn for each question.
+      tasks: of the demonstrations; those for which the split means something.
+      questions: at most, asked in turn, no two of the same words.
 
     Raises:
-      ValueError: an unknown split or kind.
+      ValueError: an unknown split or kind, or no task for the split.
     """
-    if split not in SPLITS or kind not in (None, *_KINDS):
+    known = [task for task in tasks if split in SPLITS and split in splits_of(task)]
+    if not known or kind not in (None, *_KINDS):
         raise ValueError(
-            f"split {split!r} of {', '.join(SPLITS)}; kind {kind!r} of {', '.join(_KINDS)}"
+            f"split {split!r} of {', '.join(SPLITS)}, with a meaning for {', '.join(tasks)}; "
+            f"kind {kind!r} of {', '.join(_KINDS)}"
         )
     rng = np.random.default_rng([seed, index, SPLITS.index(split), _STREAM])
-    kind = kind or str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
-    tasks = [task for task in TASKS if split in splits_of(task)]
+    first = kind or _kind(rng)
     while True:
-        task = tasks[rng.integers(len(tasks))]
+        task = known[rng.integers(len(known))]
         moment = _Moment(rng, sample(rng, task, split), MAX_STEPS[task], size)
-        found = {
-            "box": moment.box,
-            "point": moment.point,
-            "trajectory": moment.trace,
-            "relation": moment.words,
-        }[kind]()
-        if found is not None:
-            question, answer, regions, more = found
-            turns = (Turn("user", IMAGE + question), Turn("assistant", answer, regions))
-            info = {"kind": kind, "task": task, "split": split, **more}
-            return Example(moment.image, turns, info)
+        if (found := moment.ask(first)) is None:
+            continue
+        asked = {found[0]: found}
+        for _ in range(1, questions):
+            if (more := moment.ask(kind or _kind(rng))) is not None:
+                asked.setdefault(more[0], more)
+        turns = [
+            turn
+            for question, answer, regions, _ in asked.values()
+            for turn in (Turn("user", question), Turn("assistant", answer, regions))
+        ]
+        turns[0] = Turn("user", IMAGE + turns[0].text)
+        info = {"kind": first, "task": task, "split": split, **found[3]}
+        return Example(moment.image, tuple(turns), info)
+
+
+def _kind(rng: np.random.Generator) -> str:
+    return str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
 
 
 _Found = tuple[str, str, tuple[Region, ...], dict[str, Any]]
@@ -175,6 +193,13 @@ class _Moment:
         world.move(dx, dy, dz, turn, is_open > 0.5)
         progress.update(world)
 
+    def ask(self, kind: str) -> _Found | None:
+        """A question of a kind; None where the scene has no clear one."""
+        makes = {
+            "box": self.box, "point": self.point, "trajectory": self.trace, "relation": self.words,
+        }  # fmt: skip
+        return makes[kind]()
+
     def _named(self) -> list[int]:
         return [*range(len(self.scene.bodies)), *([HANDLE] if self.scene.slider else [])]
 
@@ -187,10 +212,10 @@ class _Moment:
     def box(self) -> _Found | None:
         """The box of something named, of what a robot's prompt is about, or of everything."""
         draw = self.rng.random()
-        if draw < 0.3:
-            question = spatial_prompt(self.instruction, PromptConfig())
-            return question, answer_text(1), (Region("box", self.boxes[self.target]),), {}
         if draw < 0.4:
+            question = spatial_prompt(self.instruction, PromptConfig(PROMPT))
+            return question, answer_text(1), (Region("box", self.boxes[self.target]),), {}
+        if draw < 0.45:
             regions = tuple(
                 Region("box", self.boxes[i], label=self.scene.bodies[i].name)
                 for i in self.scene.objects

@@ -11,6 +11,9 @@ from st4vla_jax.tabletop.tasks import Goal
 from st4vla_jax.tabletop.world import HANDLE
 
 STYLES = ("name", "attribute", "spatial")
+# The spatial prompt of the robot's samples, and of questions whose answer is the target's box: the
+# VLM looks for the target in a robot's prompt only if it was asked with these words.
+PROMPT = "{instruction}. Locate the key object."
 
 # {a} what is moved, {b} where to; {in} is "on" for a plate.
 TEMPLATES: Mapping[str, tuple[str, ...]] = {

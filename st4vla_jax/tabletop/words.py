@@ -15,7 +15,7 @@ from st4vla_jax.data.importers import BOX_QUESTION, POINT_QUESTION, TRACE_QUESTI
 from st4vla_jax.data.prompts import TEMPLATES as PROMPTS
 from st4vla_jax.data.tokenizer import Tokenizer, byte_level_tokenizer
 from st4vla_jax.tabletop import generic
-from st4vla_jax.tabletop.language import PARAPHRASES, RELATIONS, TEMPLATES
+from st4vla_jax.tabletop.language import PARAPHRASES, PROMPT, RELATIONS, TEMPLATES
 from st4vla_jax.tabletop.scene import COLOURS, CONTAINERS, SHAPES
 
 NUMBERS = 128  # pixels of pictures up to this side are one token; larger ones are split
@@ -27,7 +27,7 @@ _PHRASES = """
 system tabletop user assistant the a object objects thing things slider largest smallest big small
 leftmost rightmost frontmost rearmost nearest to left right in front of behind on then first after
 that every Is the gripper open or closed? Where is the seen from the yes no Point to where it
-belongs. needed. Locate the key object. Which side of What colour How many are there? mat
+belongs. needed. Which side of What colour How many are there? mat
 """
 
 
@@ -40,7 +40,7 @@ def word_tokenizer() -> Tokenizer:
 
 
 def _texts() -> Iterator[str]:
-    yield from (_PHRASES, BOX_QUESTION, POINT_QUESTION, TRACE_QUESTION)
+    yield from (_PHRASES, PROMPT, BOX_QUESTION, POINT_QUESTION, TRACE_QUESTION)
     yield from generic.PROMPTS
     yield from PROMPTS.values()
     yield from (*COLOURS, *SHAPES, *CONTAINERS, *generic.THINGS, *RELATIONS)
