@@ -1,3 +1,4 @@
+import itertools
 import re
 
 import numpy as np
@@ -176,6 +177,50 @@ def test_records_are_usable_and_follow_from_their_number(make):
                 assert (region.coordinates[1] > region.coordinates[0]).all()
     assert len(kinds) >= 3
     assert not np.array_equal(make(3, 0).image, make(4, 0).image)
+
+
+@pytest.mark.parametrize("make", [robot_example, generic_example])
+def test_more_questions_about_one_picture(make):
+    """They follow the one that a record of one question asks, each with an answer of its own."""
+    longer = 0
+    for index in range(40):
+        alone, several = make(6, index), make(6, index, questions=4)
+        np.testing.assert_array_equal(alone.image, several.image)
+        assert repr(alone.turns) == repr(several.turns[: len(alone.turns)])
+        assert alone.info == several.info
+        check_turns(several.turns, [several.image.shape[:2]])
+        assert [turn.role for turn in several.turns] == ["user", "assistant"] * (
+            len(several.turns) // 2
+        )
+        assert 2 <= len(several.turns) <= 8
+        longer += len(several.turns) > 4
+    assert longer >= 20
+
+
+def test_questions_go_from_thing_to_thing():
+    """Where there are several, the first two questions have different boxes."""
+    several = 0
+    for index in range(60):
+        turns = generic_example(7, index, kind="box", questions=3).turns
+        boxes = [turn.regions[0].coordinates for turn in turns[1::2]]
+        same = [np.array_equal(a, b) for a, b in itertools.combinations(boxes, 2)]
+        several += not same[0]
+        assert all(same) or not same[0]
+    assert 20 <= several < 60  # half of the pictures show one thing
+
+
+def test_moments_are_of_the_tasks_asked_for():
+    found = {robot_example(0, index, tasks=("reach", "stack")).info["task"] for index in range(20)}
+    assert found == {"reach", "stack"}
+    with pytest.raises(ValueError, match="with a meaning for open_slider"):
+        robot_example(0, 0, "spatial", tasks=("open_slider",))
+
+
+def test_the_robot_s_prompt_asks_for_the_target_s_box():
+    texts = [robot_example(0, i, kind="box", tasks=("reach",)).turns[0].text for i in range(60)]
+    asked = [text for text in texts if text.endswith(". Locate the key object.")]
+    assert len(asked) >= 12
+    assert all(text.startswith(("<image>reach the", "<image>move the gripper")) for text in asked)
 
 
 def test_generic_scenes_share_no_shape_with_robot_scenes():
