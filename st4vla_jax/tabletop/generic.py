@@ -118,8 +118,8 @@ def generic_example(
       size: pixels of the picture's side.
       kind: box, point or text; default: drawn for each question.
       most: things in the picture.
-      questions: asked in turn about one thing after the other.  A second answer to the same picture
-        shows that the words of the question choose.
+      questions: at most, asked in turn.  Where a thing is is asked only once, for a model that can
+        copy from its first answer does not look; another thing's place shows that words choose.
 
     Raises:
       ValueError: an unknown kind.
@@ -132,9 +132,9 @@ def generic_example(
     image = _draw(rng, things, size)
     order = rng.permutation(len(things))
     turns, info = _ask(rng, things[order[0]], things, first, size)
-    for number in range(1, questions):
-        thing = things[order[number % len(things)]]
-        turns += _ask(rng, thing, things, kind or _kind(rng), size)[0]
+    for number in range(1, min(questions, len(things) + 1)):
+        more = (kind or _kind(rng)) if number < len(things) else "text"
+        turns += _ask(rng, things[order[number % len(things)]], things, more, size)[0]
     opening = dataclasses.replace(turns[0], text=IMAGE + turns[0].text)
     return Example(image, (opening, *turns[1:]), {"kind": first, **info})
 

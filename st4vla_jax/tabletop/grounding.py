@@ -113,7 +113,8 @@ def robot_example(
       size: pixels of the picture's side.
       kind: box, point, trajectory or relation; default: drawn for each question.
       tasks: of the demonstrations; those for which the split means something.
-      questions: at most, asked in turn, no two of the same words.
+      questions: at most, asked in turn.  Where a body is is asked only once, for a model that can
+        copy from its first answer does not look.
 
     Raises:
       ValueError: an unknown split or kind, or no task for the split.
@@ -131,17 +132,14 @@ def robot_example(
         moment = _Moment(rng, sample(rng, task, split), MAX_STEPS[task], size)
         if (found := moment.ask(first)) is None:
             continue
-        asked = {found[0]: found}
+        asked = [found]
         for _ in range(1, questions):
-            if (more := moment.ask(kind or _kind(rng))) is not None:
-                asked.setdefault(more[0], more)
-        turns = [
-            turn
-            for question, answer, regions, _ in asked.values()
-            for turn in (Turn("user", question), Turn("assistant", answer, regions))
-        ]
+            more = moment.ask(kind or _kind(rng))
+            if more is not None and not any(more.about & other.about for other in asked):
+                asked.append(more)
+        turns = [turn for question in asked for turn in question.turns]
         turns[0] = Turn("user", IMAGE + turns[0].text)
-        info = {"kind": first, "task": task, "split": split, **found[3]}
+        info = {"kind": first, "task": task, "split": split, **found.more}
         return Example(moment.image, tuple(turns), info)
 
 
@@ -149,7 +147,19 @@ def _kind(rng: np.random.Generator) -> str:
     return str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
 
 
-_Found = tuple[str, str, tuple[Region, ...], dict[str, Any]]
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """A question, its answer, and what both are about: indices of bodies, or words."""
+
+    question: str
+    answer: str
+    about: frozenset[int | str]
+    regions: tuple[Region, ...] = ()
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def turns(self) -> tuple[Turn, Turn]:
+        return Turn("user", self.question), Turn("assistant", self.answer, self.regions)
 
 
 class _Moment:
@@ -214,17 +224,22 @@ class _Moment:
         draw = self.rng.random()
         if draw < 0.4:
             question = spatial_prompt(self.instruction, PromptConfig(PROMPT))
-            return question, answer_text(1), (Region("box", self.boxes[self.target]),), {}
+            return self._boxes(question, self.target)
         if draw < 0.45:
             regions = tuple(
                 Region("box", self.boxes[i], label=self.scene.bodies[i].name)
                 for i in self.scene.objects
             )
-            return BOX_QUESTION.format("every object"), answer_text(len(regions)), regions, {}
+            about, answer = frozenset(self.scene.objects), answer_text(len(regions))
+            return _Found(BOX_QUESTION.format("every object"), answer, about, regions)
         if (found := self._phrase()) is None:
             return None
         index, text = found
-        return BOX_QUESTION.format(text), answer_text(1), (Region("box", self.boxes[index]),), {}
+        return self._boxes(BOX_QUESTION.format(text), index)
+
+    def _boxes(self, question: str, index: int) -> _Found:
+        region = Region("box", self.boxes[index])
+        return _Found(question, answer_text(1), frozenset({index}), (region,))
 
     def point(self) -> _Found | None:
         """The point of something named, or of the place that something is brought to."""
@@ -237,7 +252,8 @@ class _Moment:
             index, question = found[0], f"Point to {found[1]}."
         region = Region("point", self.points[index][None])
         box = {"box": self.boxes[index].ravel().round(2).tolist()}
-        return POINT_QUESTION.format(question), answer_text(1), (region,), box
+        about = frozenset({index})
+        return _Found(POINT_QUESTION.format(question), answer_text(1), about, (region,), box)
 
     def trace(self) -> _Found | None:
         """Where the gripper goes until the next goal is reached."""
@@ -246,23 +262,30 @@ class _Moment:
         shares = np.linspace(0, len(self.path) - 1, WAY_POINTS).round().astype(int)
         way = np.stack(self.path)[shares]
         question = TRACE_QUESTION.format(f"to {self.instruction}")
-        return question, answer_text(1), (Region("trajectory", way),), {}
+        about = frozenset({self.target})
+        return _Found(question, answer_text(1), about, (Region("trajectory", way),))
 
     def words(self) -> _Found | None:
         """A question whose answer is words."""
         draw = self.rng.random()
         if draw < 0.15:
-            return "Is the gripper open or closed?", "open" if self.is_open else "closed", (), {}
+            question, answer = (
+                "Is the gripper open or closed?",
+                "open" if self.is_open else "closed",
+            )
+            return _Found(question, answer, frozenset({question}))
         clear = [pair for pair, where in self.relations.items() if where and self._unique(*pair)]
         if not clear:
             return None
         a, b = clear[self.rng.integers(len(clear))]
+        pair = frozenset({f"{min(a, b)} and {max(a, b)}"})
         where, names = self.relations[a, b], [self.scene.bodies[i].name for i in (a, b)]
         if draw < 0.6:
-            return f"Where is the {names[0]}, seen from the {names[1]}?", where, (), {}
+            question = f"Where is the {names[0]}, seen from the {names[1]}?"
+            return _Found(question, where, pair)
         asked = where if self.rng.random() < 0.5 else str(self.rng.choice(RELATIONS))
         answer = "yes" if asked == where else "no"
-        return f"Is the {names[0]} {asked} the {names[1]}?", answer, (), {}
+        return _Found(f"Is the {names[0]} {asked} the {names[1]}?", answer, pair)
 
     def _unique(self, *indices: int) -> bool:
         return all(self.styles[i]["name"] for i in indices)
