@@ -18,7 +18,8 @@ PRESETS = {
     "3b-v5e-64": ("v5e:8x8", 1, (4, 16, 1), PAPER, 704, KEEP),
     "3b-v5p-64": ("v5p:4x4x4", 1, (4, 16, 1), PAPER, 704, "full"),
     "3b-v6e-64": ("v6e:8x8", 1, (4, 16, 1), PAPER, 704, KEEP),
-    "3b-v5e-16": ("v5e:4x4", 1, (1, 16, 1), PAPER, 1280, "dots_decoder"),
+    # 10 samples fill a sequence; with one more in any, all have a tenth more vision slots.
+    "3b-v5e-16": ("v5e:4x4", 1, (1, 16, 1), (252, 63), 1216, "dots_decoder_mlp"),
     "3b-v5e-64-wide": ("v5e:8x8", 1, (4, 16, 1), WIDE, 1280, "full"),
     "3b-v5p-64-wide": ("v5p:4x4x4", 1, (4, 16, 1), (2048, 512), 1280, "dots"),
     "7b-v5e-256": ("v5e:16x16", 1, (8, 16, 2), WIDE, 1280, "full"),

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from st4vla_jax.chips import GIB, Chip, Slice
 from st4vla_jax.flops import jaxpr_flops, model_flops, trainable_shares
+from st4vla_jax.models.attention_splash import LANES
 from st4vla_jax.plan_cost import Collective, Cost, step_cost
 from st4vla_jax.plan_hlo import Module, parse_hlo
 from st4vla_jax.plan_setup import Plan
@@ -156,7 +157,7 @@ def compile_plan(plan: Plan, tpu: Slice, options: Mapping[str, str]) -> Compiled
         samples=plan.samples,
         steps=config.steps,
         peak=float(compiled.memory_analysis().peak_memory_in_bytes),
-        program_flops=jaxpr_flops(traced.jaxpr),
+        program_flops=jaxpr_flops(traced.jaxpr, kernels={"pallas_call": _kernel_flops(plan)}),
         model_flops=_model_flops(plan),
         cost=cost,
         minimum=minimum_traffic(plan),
@@ -207,6 +208,23 @@ def _model_flops(plan: Plan) -> float:
     cfg, config = plan.config.model, plan.config
     shares = trainable_shares(cfg, *sizes)
     return model_flops(cfg, plan.planned.batch, config.loss.repeats, shares)["total"]
+
+
+def _kernel_flops(plan: Plan) -> Callable[[Any], float]:
+    """FLOPs of an attention kernel's equation, which has queries [B,N,T,H] as its third input.
+
+    The decoder's kernel skips the blocks above the diagonal; that of the vision tower skips none.
+    """
+    head = plan.config.model.text.head_dim
+    padded = -(-plan.planned.schedule.capacity.tokens // LANES) * LANES
+
+    def flops(equation: Any) -> float:
+        grid = equation.params["grid_mapping"].grid  # its last axis counts blocks
+        whole = math.prod(grid) * jaxpr_flops(equation.params["jaxpr"])
+        causal = equation.invars[2].aval.shape[-2:] == (padded, head)
+        return whole * (1 + 1 / grid[-1]) / 2 if causal else whole
+
+    return flops
 
 
 def _refused(error: str, tpu: Slice) -> CompileError:

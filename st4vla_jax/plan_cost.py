@@ -4,7 +4,7 @@ A model of the hardware, not a measurement: every instruction takes the longer o
 the peak rate and its bytes at HBM's bandwidth, every collective its bytes over the links that its
 group reaches.  A collective is hidden as far as there is work between its start and its done in the
 compiler's schedule; work hides one collective at a time, or two permutations in opposite ways.
-Otherwise it is exposed.
+Otherwise it is exposed, and two that are exposed at a time in opposite ways count once.
 """
 
 from __future__ import annotations
@@ -250,6 +250,8 @@ class _Model:
             used = min(exposed, left[number, ways].min())
             exposed -= used
             left[number, ways] -= used
+        if last > first:  # while the chip waits for it, what goes the other way goes on
+            left[last, [way for way in (0, 1) if way not in ways]] += exposed
         origin = re.search(r'op_name="([^"]*)"', inner.attributes)
         return Collective(
             kind, runs, size, groups[0], tuple(map(str, shapes)), tuple(s.dims for s in shapes),

@@ -31,7 +31,8 @@ class Runtime:
     """How to compute.
 
     Attributes:
-      remat: "none", "dots", "dots_decoder", "full" or "full_keep_weights" (models/layers.py).
+      remat: "none", "dots", "dots_decoder", "dots_decoder_mlp", "full" or "full_keep_weights"
+        (models/layers.py).
       query_chunk: rows of queries that XLA's full attention handles at a time; 0 = all.
       vocab_tile: vocabulary entries of one tile of the next-token loss.
       attention: kernel of the language model and the vision tower (models/attention.py): "xla",

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -17,6 +18,10 @@ from configs import stage2_action
 from configs.common import tiny
 from st4vla_jax import plan_compile, plan_report
 from st4vla_jax.chips import CHIPS, TopologyError, parse_slice, slice_devices
+from st4vla_jax.config import model_config
+from st4vla_jax.data.packing import Capacity
+from st4vla_jax.flops import jaxpr_flops
+from st4vla_jax.models import attention_splash
 from st4vla_jax.plan_advice import advice
 from st4vla_jax.plan_compile import (
     CompileError,
@@ -140,6 +145,24 @@ ENTRY %main (a: f32[4,128]) -> f32[4,320] {
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize("length,head,share", [(1280, 128, 0.6), (1200, 128, 0.6), (1280, 80, 1)])
+def test_blocks_above_the_diagonal_do_not_count(length, head, share):
+    """Five blocks of 256: 15 of 25.  The vision tower's heads are of another size."""
+    rows = [jax.ShapeDtypeStruct((2, length, 2, head), "bfloat16")] * 3
+    segments = jax.ShapeDtypeStruct((2, length), "int32")
+
+    def attention(*args):
+        return attention_splash.attend(*args, causal=head == 128, interpret=False)
+
+    traced = jax.make_jaxpr(attention)(*rows, segments)
+    plan = SimpleNamespace(
+        config=SimpleNamespace(model=model_config()),
+        planned=SimpleNamespace(schedule=SimpleNamespace(capacity=Capacity(length, 0, 0, 0, 0, 0))),
+    )
+    kernels = {"pallas_call": plan_compile._kernel_flops(plan)}
+    assert jaxpr_flops(traced, kernels=kernels) == pytest.approx(share * jaxpr_flops(traced))
+
+
 def test_an_option_that_the_compiler_lacks_is_named():
     tpu = parse_slice("v5e:2x2")
     mesh = make_mesh(2, 2, 1, slice_devices(tpu))

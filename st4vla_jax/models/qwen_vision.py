@@ -30,7 +30,6 @@ from st4vla_jax.models.layers import (
     boxed,
     layer_slice,
     normal_init,
-    remat,
     scan_blocks,
 )
 from st4vla_jax.models.mrope import rotate
@@ -38,6 +37,10 @@ from st4vla_jax.models.vit import absolute_positions, from_scratch_tokens
 from st4vla_jax.sharding import constrain
 
 Array = jax.Array
+
+_TILE = 64
+# Names of what rematerialisation may keep.
+_BLOCK_INPUT, _MLP_PRODUCT = "vision_block_input", "vision_mlp_product"
 
 
 def normalize_patches(patches: Array) -> Array:
@@ -202,6 +205,7 @@ class VisionMlp(nn.Module):
         up_axes, pad = ("vision_embed", "vision_mlp"), mlp_padding(self.cfg.intermediate_size)
         gate = linear(self.cfg, self.rt, "gate_proj", narrow, wide, up_axes, pad_out=pad)(x)
         up = linear(self.cfg, self.rt, "up_proj", narrow, wide, up_axes, pad_out=pad)(x)
+        gate, up = (checkpoint_name(y, _MLP_PRODUCT) for y in (gate, up))
         hidden = constrain(nn.silu(gate) * up, self.rt.rules, "batch", "act_seq", "act_mlp")
         return linear(self.cfg, self.rt, "down_proj", wide, narrow, up_axes[::-1], pad_in=pad)(
             hidden
@@ -323,10 +327,6 @@ class VisionTower(nn.Module):
         return x
 
 
-_BLOCK_INPUT = "vision_block_input"
-_TILE = 64
-
-
 def _block_step(
     block: VisionBlock, tables: tuple[Array, Array], segments: Array, scope: str
 ) -> Callable[[Array, Params], Array]:
@@ -338,7 +338,8 @@ def _block_step(
         with jax.named_scope(scope):
             return block.apply({"params": params}, x, *tables, segments, mask)
 
-    apply = remat(apply, rt.remat)
+    if rt.remat != "none":
+        apply = jax.checkpoint(apply, policy=_kept(rt.remat), prevent_cse=False)
     return lambda x, params: apply(checkpoint_name(x, _BLOCK_INPUT), params)
 
 
@@ -352,8 +353,15 @@ def _remat_group(group: Callable, policy: str) -> Callable:
     if policy == "none":
         return group
     inputs = jax.checkpoint_policies.save_only_these_names(_BLOCK_INPUT)
-    keep = jax.checkpoint_policies.save_from_both_policies(inputs, REMAT_POLICIES[policy])
+    keep = jax.checkpoint_policies.save_from_both_policies(inputs, _kept(policy))
     return jax.checkpoint(group, policy=keep, prevent_cse=False)
+
+
+def _kept(policy: str) -> Callable:
+    """What a block keeps for its backward pass, by a name in REMAT_POLICIES."""
+    if policy == "dots_decoder_mlp":
+        return jax.checkpoint_policies.save_only_these_names(_MLP_PRODUCT)
+    return REMAT_POLICIES[policy]
 
 
 def linear(

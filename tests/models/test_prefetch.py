@@ -71,8 +71,10 @@ def program(model, mesh, params):
 
 
 @pytest.mark.parametrize(
-    "remat,kept", [("full", 1), ("dots", 7), ("dots_decoder", 7), ("full_keep_weights", 13)]
-)
+    "remat,kept",
+    [("full", 1), ("dots", 7), ("dots_decoder", 7), ("dots_decoder_mlp", 7),
+     ("full_keep_weights", 13)],
+)  # fmt: skip
 def test_what_is_kept_for_the_backward_pass(one_device, remat, kept):
     """A block's input; six products; or the twelve weights, gathered."""
     found = []

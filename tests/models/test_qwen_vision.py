@@ -294,14 +294,15 @@ def test_remat_policies_give_equal_gradients():
     plain = gradients(
         CFG, dataclasses.replace(FLOAT32, remat="none", query_chunk=0), params, *inputs
     )
-    for policy in ("full", "dots"):
+    for policy in ("full", "dots", "dots_decoder_mlp"):
         rt = dataclasses.replace(FLOAT32, remat=policy, query_chunk=80)
         assert_trees_close(gradients(CFG, rt, params, *inputs)[1], plain[1])
 
 
-def test_backward_pass_keeps_no_copy_of_the_parameters():
+@pytest.mark.parametrize("remat,products", [("full", 0), ("dots_decoder_mlp", 2)])
+def test_backward_pass_keeps_no_copy_of_the_parameters(remat, products):
     """Residuals are block inputs, not the slices of the stack that the inner scan takes."""
-    rt = dataclasses.replace(FLOAT32, remat="full")
+    rt = dataclasses.replace(FLOAT32, remat=remat)
     params = unbox(abstract_params(CFG, rt))
     inputs, _ = packed([[[noise((28, 28))]]])
 
@@ -309,7 +310,9 @@ def test_backward_pass_keeps_no_copy_of_the_parameters():
         return jax.vjp(lambda p: VisionTower(CFG, rt).apply({"params": p}, *inputs), params)[1]
 
     shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(residuals, params, *inputs))]
-    assert (2, 1, 1, VISION_BIN, CFG.hidden_size) in shapes  # input of the windowed blocks
+    windowed = (2, 1, 1, VISION_BIN)  # of two groups with one such block each
+    assert (*windowed, CFG.hidden_size) in shapes  # its input
+    assert shapes.count((*windowed, CFG.intermediate_size)) == products
     heads = (3, CFG.num_heads, CFG.head_dim)
     assert [s for s in shapes if s[-3:] == heads and CFG.hidden_size in s] == [
         (2, 2, CFG.hidden_size, *heads)  # the stack itself, seen as two groups of two blocks
