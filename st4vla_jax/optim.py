@@ -1,4 +1,4 @@
-"""AdamW with learning rate, weight decay and schedule by parameter path.
+"""AdamW, or Muon, with learning rate, weight decay and schedule by parameter path.
 
 One table decides for every parameter: the `Group` whose pattern matches most of its path, from the
 start, owns it; a parameter that none matches, or two equally, is an error.  The optimizer itself is
@@ -17,11 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from st4vla_jax.config import ConfigError
 from st4vla_jax.state import Params, leaves_by_path, map_with_path
 
 SCHEDULES = ("cosine", "linear", "constant")
+RULES = ("adam", "muon")
 MOMENT_DTYPES = ("float32", "bfloat16")
 
 
@@ -33,6 +35,8 @@ class Group:
       pattern: regular expression for the start of a path, e.g. "vlm/visual/|dino/".
       lr: peak learning rate.
       weight_decay: decoupled, times the learning rate (torch AdamW).
+      rule: "adam", or "muon": kernels move by their orthogonalised momentum (`orthogonal`), all
+        else by Adam.
       freeze: never updated: no gradient, no moments.
       schedule: one of SCHEDULES, from the peak to ``min_ratio`` of it.
       warmup: updates of linear warm-up from 0; -1 = the optimizer's.
@@ -42,6 +46,7 @@ class Group:
     pattern: str
     lr: float = 0.0
     weight_decay: float = 0.0
+    rule: str = "adam"
     freeze: bool = False
     schedule: str = "cosine"
     warmup: int = -1
@@ -58,6 +63,7 @@ class Group:
             f"{key}.schedule {self.schedule!r} must be one of {', '.join(SCHEDULES)}": (
                 self.schedule not in SCHEDULES
             ),
+            f"{key}.rule {self.rule!r} must be one of {', '.join(RULES)}": self.rule not in RULES,
             f"{key}.lr {self.lr} must be positive (freeze = True keeps parameters as they are)": (
                 not self.freeze and not 0 < self.lr < math.inf
             ),
@@ -167,9 +173,41 @@ def coverage_problems(paths: Sequence[str], groups: Mapping[str, Group]) -> list
     return problems
 
 
+def matrix_of(path: str, shape: Sequence[int]) -> MuonDimensionNumbers | None:
+    """How a kernel is a matrix, or a stack of them; None for what is no kernel.
+
+    Kernels are [in...,out...], those of stacked blocks with the blocks first.  Where several axes
+    are the input (heads, head_dim of an output projection) is not told by the shape: the split that
+    is most nearly square is taken.
+    """
+    axes = range(int("/blocks/" in path), len(shape))
+    if path.rsplit("/", 1)[-1] != "kernel" or len(axes) < 2:
+        return None
+    sizes = [shape[axis] for axis in axes]
+    cuts = range(1, len(sizes))
+    cut = min(cuts, key=lambda c: abs(math.log(math.prod(sizes[:c]) / math.prod(sizes[c:]))))
+    return MuonDimensionNumbers(tuple(axes)[:cut], tuple(axes)[cut:])
+
+
+def orthogonal(momentum: jax.Array, matrix: MuonDimensionNumbers) -> jax.Array:
+    """Muon's update: the momentum with all singular values near 1, scaled to Adam's size.
+
+    Source: Jordan 2024 (five Newton-Schulz iterations, `optax.contrib.scale_by_muon`); by the
+    factor 0.2 sqrt(larger side) of Liu et al. 2025 (arXiv 2502.16982) the learning rates of AdamW
+    fit.  A kernel that is cut over devices is gathered for it.
+    """
+    whole = scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=matrix)
+    update, _ = whole.update(momentum, whole.init(momentum))
+    sides = [
+        math.prod(momentum.shape[axis] for axis in side)
+        for side in (matrix.reduction_axis, matrix.output_axis)
+    ]
+    return update * 0.2 * math.sqrt(max(sides))
+
+
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW over the trainable parameters of a run of ``steps`` updates.
+    """AdamW and Muon over the trainable parameters of a run of ``steps`` updates.
 
     Attributes:
       cfg: the table; steps: length of the schedules.
@@ -207,7 +245,10 @@ class Optimizer:
     def update(
         self, grads: Params, norm: jax.Array, opt_state: Any, params: Params, step: jax.Array
     ) -> tuple[Params, Any]:
-        """One AdamW update: p <- p - lr (m / (sqrt(v) + eps) + wd p), after the clip.
+        """One update: p <- p - lr (m / (sqrt(v) + eps) + wd p), after the clip.
+
+        Of groups with the rule "muon" kernels have Nesterov's momentum, made orthogonal, in place
+        of m / (sqrt(v) + eps); their second moments are kept, unread: all moments have one tree.
 
         Args:
           grads: gradients, like ``params``.
@@ -225,12 +266,15 @@ class Optimizer:
         updates, opt_state = self.adam.update(grads, opt_state, params)
         rates = self.learning_rates(step)
 
-        def new_value(path, p, u):
+        def new_value(path, p, u, g, m):
             name = group_of(path, self.cfg.groups)
-            decayed = u + self.cfg.groups[name].weight_decay * p
+            group = self.cfg.groups[name]
+            if group.rule == "muon" and (matrix := matrix_of(path, p.shape)):
+                u = orthogonal(self.cfg.b1 * m + (1 - self.cfg.b1) * g, matrix)
+            decayed = u + group.weight_decay * p
             return (p - rates[name] * decayed).astype(p.dtype)
 
-        return map_with_path(new_value, params, updates), opt_state
+        return map_with_path(new_value, params, updates, grads, opt_state.mu), opt_state
 
 
 def group_table(params: Params, cfg: OptimConfig) -> list[tuple[str, int, str]]:
@@ -242,6 +286,7 @@ def group_table(params: Params, cfg: OptimConfig) -> list[tuple[str, int, str]]:
     def told(group: Group) -> str:
         if group.freeze:
             return "frozen"
-        return f"lr {group.lr:g} ({group.schedule}), weight decay {group.weight_decay:g}"
+        rate = f"lr {group.lr:g} ({group.schedule}), weight decay {group.weight_decay:g}"
+        return rate if group.rule == "adam" else f"{group.rule}, {rate}"
 
     return [(name, sizes[name], told(group)) for name, group in cfg.groups.items()]

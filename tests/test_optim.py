@@ -9,7 +9,15 @@ import optax
 import pytest
 
 from st4vla_jax.config import ConfigError
-from st4vla_jax.optim import Group, OptimConfig, Optimizer, coverage_problems, group_of
+from st4vla_jax.optim import (
+    Group,
+    OptimConfig,
+    Optimizer,
+    coverage_problems,
+    group_of,
+    matrix_of,
+    orthogonal,
+)
 from st4vla_jax.state import leaves_by_path, merge, split
 from st4vla_jax.train_step import init_train_state
 
@@ -147,3 +155,88 @@ def test_split_and_merge_are_inverse():
     assert back.keys() == dict(leaves_by_path(tree)).keys()
     with pytest.raises(ValueError, match="both trainable and frozen"):
         merge(tree, chosen)
+
+
+def muon(**kwargs):
+    """The same table, with kernels of the VLM by Muon."""
+    vlm = dataclasses.replace(CONFIG.groups["vlm"], rule="muon", **kwargs)
+    return dataclasses.replace(CONFIG, groups=CONFIG.groups | {"vlm": vlm}, b1=0.95)
+
+
+def newton_schulz(x):
+    """Jordan's five quintic iterations, written out in float64."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = x / (np.linalg.norm(x) + 1e-8)
+    for _ in range(5):
+        s = x @ x.T
+        x = a * x + (b * s + c * s @ s) @ x
+    return x
+
+
+def test_muon_is_newton_schulz_of_nesterov_s_momentum():
+    config = muon(schedule="constant", warmup=0)
+    params, moments, norms, _ = run(config, 3)
+    want = np.asarray(parameters()["vlm"]["q"]["kernel"], np.float64)
+    momentum = np.zeros_like(want)
+    for step, norm in enumerate(norms):
+        grad = np.asarray(parameters(100 + step)["vlm"]["q"]["kernel"], np.float64)
+        grad *= min(1.0, config.clip / norm)
+        momentum = 0.95 * momentum + 0.05 * grad
+        # Its transpose has the smaller side first, as the iterations want it.
+        update = newton_schulz((0.95 * momentum + 0.05 * grad).T).T * 0.2 * np.sqrt(4)
+        want -= 3e-3 * (update + 0.1 * want)
+    np.testing.assert_allclose(params["vlm"]["q"]["kernel"], want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parity
+def test_muon_near_torch_s():
+    """torch iterates in bfloat16, so after ten updates of 0.003 they agree to a tenth of one."""
+    import torch
+
+    config = dataclasses.replace(muon(schedule="constant", warmup=0), clip=0.0)
+    params, *_ = run(config, 10)
+    tensor = torch.tensor(np.asarray(parameters()["vlm"]["q"]["kernel"]), requires_grad=True)
+    optimizer = torch.optim.Muon(
+        [tensor], lr=3e-3, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    for step in range(10):
+        tensor.grad = torch.tensor(np.asarray(parameters(100 + step)["vlm"]["q"]["kernel"]))
+        optimizer.step()
+    np.testing.assert_allclose(
+        params["vlm"]["q"]["kernel"], tensor.detach().numpy(), rtol=0, atol=3e-4
+    )
+
+
+def test_what_is_no_kernel_stays_with_adam():
+    adam = run(dataclasses.replace(CONFIG, b1=0.95), 5)
+    params, moments, *_ = run(muon(), 5)
+    for path, leaf in leaves_by_path(params):
+        same = dict(leaves_by_path(adam[0]))[path]
+        assert np.array_equal(leaf, same) == (path != "vlm/q/kernel"), path
+    jax.tree.map(np.testing.assert_array_equal, moments, adam[1])  # one tree, one meaning
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "sides"),
+    [
+        ("vlm/blocks/q_proj/kernel", (2, 128, 4, 32), ((1,), (2, 3))),
+        ("vlm/blocks/o_proj/kernel", (2, 4, 32, 128), ((1, 2), (3,))),
+        ("vlm/blocks/qkv/kernel", (2, 96, 3, 4, 24), ((1,), (2, 3, 4))),
+        ("vlm/patch_embed/proj/kernel", (2, 588, 96), ((0, 1), (2,))),
+        ("dit/x_embedder/kernel", (7, 128), ((0,), (1,))),
+        ("vlm/embed_tokens/embedding", (768, 128), None),
+        ("vlm/blocks/q_proj/bias", (2, 4, 32), None),
+        ("dit/kernel", (5,), None),
+    ],
+)
+def test_kernels_as_matrices(path, shape, sides):
+    found = matrix_of(path, shape)
+    assert (found and (found.reduction_axis, found.output_axis)) == sides
+
+
+def test_stacked_kernels_are_made_orthogonal_one_by_one():
+    path, x = "a/blocks/q/kernel", jax.random.normal(jax.random.key(0), (3, 6, 2, 4))
+    whole = orthogonal(x, matrix_of(path, x.shape))
+    for block in range(3):
+        want = newton_schulz(np.asarray(x[block], np.float64).reshape(6, 8)) * 0.2 * np.sqrt(8)
+        np.testing.assert_allclose(whole[block].reshape(6, 8), want, rtol=0, atol=1e-5)
