@@ -19,11 +19,10 @@ from st4vla_jax.tabletop.grounding import Example
 from st4vla_jax.tabletop.render import shade
 from st4vla_jax.tabletop.scene import COLOURS, Outline, regular
 
-# Share of pictures with one thing, two, ...  A model that starts from nothing first learns to see
-# where there is nothing to choose from.
-COUNTS = (0.5, 0.2, 0.15, 0.15)
+# Share of pictures with one thing, two, ...  Where there is one, the words need not be read.
+COUNTS = (0.25, 0.35, 0.2, 0.2)
 
-_KINDS = {"box": 0.65, "point": 0.2, "text": 0.15}
+_KINDS = {"box": 0.4, "point": 0.1, "text": 0.2, "list": 0.3}
 _BOX_PROMPTS = (
     "Where is {}? Answer with its box in JSON.",
     "Find {} and give the bbox coordinates in JSON.",
@@ -33,8 +32,9 @@ _POINT_PROMPTS = (
     "Put your finger on {}. Answer in JSON.",
     "Which pixel shows the middle of {}? Answer in JSON.",
 )
+_LIST_PROMPT = "Detect every thing in this picture from left to right. JSON, please."
 # All that is asked, with {} for things.
-PROMPTS = (*_BOX_PROMPTS, *_POINT_PROMPTS)
+PROMPTS = (*_BOX_PROMPTS, *_POINT_PROMPTS, _LIST_PROMPT)
 _SUPER = 2
 _STREAM = 11
 
@@ -116,7 +116,7 @@ def generic_example(
       seed: of the data set.
       index: of the record; equal ones give an equal record.
       size: pixels of the picture's side.
-      kind: box, point or text; default: drawn for each question.
+      kind: box, point, list or text; default: drawn for each question.
       most: things in the picture.
       questions: at most, asked in turn.  Where a thing is is asked only once, for a model that can
         copy from its first answer does not look; another thing's place shows that words choose.
@@ -132,8 +132,10 @@ def generic_example(
     image = _draw(rng, things, size)
     order = rng.permutation(len(things))
     turns, info = _ask(rng, things[order[0]], things, first, size)
-    for number in range(1, min(questions, len(things) + 1)):
+    more_questions = 0 if first == "list" else min(questions, len(things) + 1)  # a list tells all
+    for number in range(1, more_questions):
         more = (kind or _kind(rng)) if number < len(things) else "text"
+        more = "box" if more == "list" else more
         turns += _ask(rng, things[order[number % len(things)]], things, more, size)[0]
     opening = dataclasses.replace(turns[0], text=IMAGE + turns[0].text)
     return Example(image, (opening, *turns[1:]), {"kind": first, **info})
@@ -150,13 +152,21 @@ def _ask(
     if kind == "text":
         question, answer = _question(rng, thing, things)
         return (Turn("user", question), Turn("assistant", answer)), {}
+    if kind == "list":
+        named = sorted(things, key=lambda thing: thing.x)
+        regions = tuple(Region("box", one.box(size), label=one.name) for one in named)
+        answer = answer_text(len(regions))
+        return (Turn("user", _LIST_PROMPT), Turn("assistant", answer, regions)), {}
     words, box = _phrase(rng, thing, things), thing.box(size)
     more: dict[str, object] = {}
     if kind == "box":
-        question, region = _one(rng, _BOX_PROMPTS).format(words), Region("box", box)
+        question, region = (
+            _one(rng, _BOX_PROMPTS).format(words),
+            Region("box", box, label=thing.name),
+        )
     else:
         question = _one(rng, _POINT_PROMPTS).format(words)
-        region = Region("point", box.mean(axis=0, keepdims=True))
+        region = Region("point", box.mean(axis=0, keepdims=True), label=thing.name)
         more = {"box": box.ravel().round(2).tolist()}
     return (Turn("user", question), Turn("assistant", answer_text(1), (region,))), more
 
@@ -178,6 +188,8 @@ def _things(rng: np.random.Generator, most: int) -> list[_Thing]:
 
 
 def _phrase(rng: np.random.Generator, thing: _Thing, things: list[_Thing]) -> str:
+    if len(things) == 1 and rng.random() < 0.5:
+        return "the thing"  # its label is told by the picture alone
     choices = [f"the {thing.name}", f"the {thing.colour} thing"]
     if sum(other.shape == thing.shape for other in things) == 1:
         choices.append(f"the {thing.shape}")
@@ -186,7 +198,7 @@ def _phrase(rng: np.random.Generator, thing: _Thing, things: list[_Thing]) -> st
 
 def _question(rng: np.random.Generator, thing: _Thing, things: list[_Thing]) -> tuple[str, str]:
     others = [other for other in things if abs(other.x - thing.x) > 0.1]
-    if others and rng.random() < 0.5:
+    if others and rng.random() < 0.2:
         other = others[rng.integers(len(others))]
         side = "left" if thing.x < other.x else "right"
         return f"Which side of the {other.name} is the {thing.name} on?", side

@@ -231,6 +231,16 @@ def test_the_robot_s_prompt_asks_for_the_target_s_box():
     assert all(text.startswith(("<image>reach the", "<image>move the gripper")) for text in asked)
 
 
+def test_generic_lists_go_from_left_to_right_and_name_everything():
+    for index in range(30):
+        (asked, answer) = generic_example(8, index, kind="list", questions=3).turns
+        assert "every thing" in asked.text
+        lefts = [region.coordinates.mean(axis=0)[0] for region in answer.regions]
+        assert len(lefts) == answer.text.count("<region>") >= 1
+        assert all(a < b + 8 for a, b in itertools.pairwise(lefts))  # boxes of turned shapes
+        assert all(re.fullmatch(r"\w+ \w+", region.label) for region in answer.regions)
+
+
 def test_generic_scenes_share_no_shape_with_robot_scenes():
     assert not set(THINGS) & set(SHAPES)
     for index in range(30):
@@ -256,7 +266,7 @@ def test_relations_are_told_as_the_picture_shows_them(make):
         "in front of": (0, 1), "behind": (0, -1),
     }  # fmt: skip
     good = []
-    for index in range(200):
+    for index in range(3 * 200):
         example = make(0, index, kind="text" if make is generic_example else "relation")
         text, answer = example.turns[0].text, example.turns[1].text
         colours = re.findall("|".join(COLOURS), text)
