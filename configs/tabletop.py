@@ -21,37 +21,31 @@ def grounding_set(name: str, root: str) -> dict:
 
 
 def robot_set(root: str) -> dict:
-    path = f"{root}/tabletop/1.0.0"
-    return {"kind": "rlds", "path": path, "spec": "tabletop", "holdout": 0.1}
+    path, views = f"{root}/tabletop/1.0.0", ("primary", "wrist")
+    return {"kind": "rlds", "path": path, "spec": "tabletop", "views": views, "holdout": 0.1}
 
 
 def make_config(is_vlm: bool, **sets: dict) -> ConfigDict:
     """The VLM alone (stage 1), or the whole policy, on these data sets."""
     config = tiny(train_config(**sets))
     config.model.update({"vlm": "tabletop", "dino": "tabletop", "dit": "tabletop"})
-    config.data.system = "tabletop"
-    config.data.prompts = (PROMPT,)
+    config.data.update({"system": "tabletop", "prompts": (PROMPT,)})
     config.data.schedule.update({"tokens": 640, "robot_samples": 24, "grounding_samples": 12})
-    config.steps, config.save_every = 400, 200
+    config.update({"steps": 400, "save_every": 200})
     config.evaluation.update({"every": 200, "samples": 16})
-    groups = config.optim.groups
-    # AdamW did not learn in 10,000 updates that words choose among things, Muon in a few hundred.
-    for group in groups.values():
-        group.rule = "muon"
-    groups.words = {**groups.vlm, "pattern": "vlm/language_model/embed_tokens", "rule": "adam"}
-    config.optim.b1 = 0.95
     if not is_vlm:
+        config.data.schedule.views = 2
         config.evaluation.diagnostics = 100
         config.loss.repeats = 2
         # The second block of the Q-Former asks with what the first has read of the instruction.
         config.model.bridge.update({"start_layer": 1, "end_layer": 3, "state_dim": 7})
         return config
     config = vlm_alone(config)
-    config.data.schedule.grounding_samples = 24
+    config.data.schedule.grounding_samples = 32
     config.loss.text = 1.0
     config.optim.warmup = 50
     groups = config.optim.groups
-    groups.vlm.lr, groups.words.lr = 4e-3, 1e-3
+    groups.vlm.lr = 1e-3
     # The first updates teach how answers are written; the tower waits until it is asked.
     groups.vision = {**groups.vlm, "pattern": "vlm/visual/", "warmup": 200}
     return config

@@ -21,7 +21,6 @@ IN_DISTRIBUTION = "val"  # the training distribution under other seeds
 HELD_OUT = tuple(split for split in SPLITS if split not in ("train", IN_DISTRIBUTION))
 DOMAINS = {"generic": "generic", "robot": "grounding"}  # of questions -> folder of a data set
 SINGLE, STAGES = "single", ("stage0", "stage1")
-QUESTIONS = 4  # of a training record; tests ask one
 CACHE = "compile_cache"  # jobs of one kind compile the same programs
 RUN = "run"  # workdir below a stage's or row's folder
 FINAL, SPLITS_FOLDER = "final", "splits"  # of a row's closed loops, in distribution and of the rest
@@ -204,7 +203,7 @@ class Plan:
         make = (*_python("st4vla_jax.tabletop.dataset"), "--out")
         train = ("--episodes", budget.episodes, "--grounding", budget.grounding)
         train += ("--generic", budget.generic, "--single", max(1, 3 * budget.generic // 10))
-        train += ("--questions", QUESTIONS, "--tasks", *budget.tasks)
+        train += ("--tasks", *budget.tasks)
         test = ("--grounding", budget.records, "--generic", budget.records)
         test += ("--seed", 1, "--split", IN_DISTRIBUTION, "--tasks", *budget.tasks)
         yield _job("data/train", *make, self.out / "data/train", *train)

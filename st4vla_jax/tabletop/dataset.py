@@ -72,7 +72,6 @@ def write_dataset(
     grounding: int = 0,
     generic: int = 0,
     single: int = 0,
-    questions: int = 1,
     seed: int = 0,
     split: str = "train",
     tasks: Sequence[str] = TASKS,
@@ -87,7 +86,6 @@ def write_dataset(
       grounding: how many records of robot scenes.
       generic: how many of other pictures.
       single: how many of these with one thing; none of a kind makes no folder for it.
-      questions: at most, that such a record asks.
       seed: of everything.
       split: see `sampling.SPLITS`; names the tfds split too.
       tasks: of the demonstrations, in turn, and of the moments that grounding records show.
@@ -100,8 +98,8 @@ def write_dataset(
     """
     settings = {
         "episodes": episodes, "grounding": grounding, "generic": generic, "single": single,
-        "questions": questions, "seed": seed, "split": split, "tasks": list(tasks),
-        "image_size": image_size, "code": _code_digest(),
+        "seed": seed, "split": split, "tasks": list(tasks), "image_size": image_size,
+        "code": _code_digest(),
     }  # fmt: skip
     _check(settings, workers)
     _claim(out, settings)
@@ -111,8 +109,8 @@ def write_dataset(
             run(_episodes(settings, records), out / NAME / VERSION, threads=1)
         for name, count, make in (
             ("grounding", grounding, functools.partial(_robot_record, settings)),
-            ("generic", generic, functools.partial(_generic_record, settings, len(COUNTS))),
-            ("single", single, functools.partial(_generic_record, settings, 1)),
+            ("generic", generic, functools.partial(_generic_record, seed, image_size, len(COUNTS))),
+            ("single", single, functools.partial(_generic_record, seed, image_size, 1)),
         ):
             if count:
                 _write_grounding(out / name, records(make, range(count)), count)
@@ -127,8 +125,6 @@ def _check(settings: dict[str, Any], workers: int) -> None:
         problems.append(f"--episodes {settings['episodes']}: at most {MAX_EPISODES} for a seed")
     if not any(settings[key] for key in ("episodes", "grounding", "generic", "single")):
         problems.append("nothing to write: give --episodes, --grounding, --generic or --single")
-    if settings["questions"] < 1:
-        problems.append(f"--questions {settings['questions']}: at least 1")
     if settings["image_size"] < 28:
         problems.append(f"--image_size {settings['image_size']}: at least 28 pixels")
     if workers < 1:
@@ -243,16 +239,13 @@ _Record = tuple[bytes, Sequence[Turn], dict[str, Any]]
 def _robot_record(settings: dict[str, Any], number: int) -> _Record:
     example = robot_example(
         settings["seed"], number, settings["split"], settings["image_size"],
-        tasks=settings["tasks"], questions=settings["questions"],
+        tasks=settings["tasks"],
     )  # fmt: skip
     return _png(example.image), example.turns, example.info
 
 
-def _generic_record(settings: dict[str, Any], most: int, number: int) -> _Record:
-    example = generic_example(
-        settings["seed"], number, settings["image_size"], most=most,
-        questions=settings["questions"],
-    )  # fmt: skip
+def _generic_record(seed: int, image_size: int, most: int, number: int) -> _Record:
+    example = generic_example(seed, number, image_size, most=most)
     return _png(example.image), example.turns, example.info
 
 
@@ -295,7 +288,6 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--grounding", type=int, default=0, help="records about robot scenes")
     parser.add_argument("--generic", type=int, default=0, help="records about other pictures")
     parser.add_argument("--single", type=int, default=0, help="these with one thing")
-    parser.add_argument("--questions", type=int, default=1, help="of a record, at most")
     parser.add_argument("--image_size", type=int, default=112, help="pixels of a side")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     return parser

@@ -5,7 +5,6 @@ What a tiny model learns from them stands in for what Qwen2.5-VL knows before it
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -19,10 +18,11 @@ from st4vla_jax.tabletop.grounding import Example
 from st4vla_jax.tabletop.render import shade
 from st4vla_jax.tabletop.scene import COLOURS, Outline, regular
 
-# Share of pictures with one thing, two, ...  Where there is one, the words need not be read.
-COUNTS = (0.25, 0.35, 0.2, 0.2)
+# Share of pictures with one thing, two, ...  A model that starts from nothing first learns to see
+# where there is nothing to choose from.
+COUNTS = (0.5, 0.2, 0.15, 0.15)
 
-_KINDS = {"box": 0.4, "point": 0.1, "text": 0.2, "list": 0.3}
+_KINDS = {"box": 0.65, "point": 0.2, "text": 0.15}
 _BOX_PROMPTS = (
     "Where is {}? Answer with its box in JSON.",
     "Find {} and give the bbox coordinates in JSON.",
@@ -32,9 +32,8 @@ _POINT_PROMPTS = (
     "Put your finger on {}. Answer in JSON.",
     "Which pixel shows the middle of {}? Answer in JSON.",
 )
-_LIST_PROMPT = "Detect every thing in this picture from left to right. JSON, please."
 # All that is asked, with {} for things.
-PROMPTS = (*_BOX_PROMPTS, *_POINT_PROMPTS, _LIST_PROMPT)
+PROMPTS = (*_BOX_PROMPTS, *_POINT_PROMPTS)
 _SUPER = 2
 _STREAM = 11
 
@@ -103,23 +102,16 @@ class _Thing:
 
 
 def generic_example(
-    seed: int,
-    index: int,
-    size: int = 112,
-    kind: str | None = None,
-    most: int = len(COUNTS),
-    questions: int = 1,
+    seed: int, index: int, size: int = 112, kind: str | None = None, most: int = len(COUNTS)
 ) -> Example:
-    """A picture and questions about it.
+    """A picture and a question about it.
 
     Args:
       seed: of the data set.
       index: of the record; equal ones give an equal record.
       size: pixels of the picture's side.
-      kind: box, point, list or text; default: drawn for each question.
+      kind: box, point or text; default: drawn.
       most: things in the picture.
-      questions: at most, asked in turn.  Where a thing is is asked only once, for a model that can
-        copy from its first answer does not look; another thing's place shows that words choose.
 
     Raises:
       ValueError: an unknown kind.
@@ -127,48 +119,26 @@ def generic_example(
     if kind not in (None, *_KINDS):
         raise ValueError(f"kind {kind!r}: there are {', '.join(_KINDS)}")
     rng = np.random.default_rng([seed, index, _STREAM])
-    first = kind or _kind(rng)
+    kind = kind or str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
     things = _things(rng, most)
     image = _draw(rng, things, size)
-    order = rng.permutation(len(things))
-    turns, info = _ask(rng, things[order[0]], things, first, size)
-    more_questions = 0 if first == "list" else min(questions, len(things) + 1)  # a list tells all
-    for number in range(1, more_questions):
-        more = (kind or _kind(rng)) if number < len(things) else "text"
-        more = "box" if more == "list" else more
-        turns += _ask(rng, things[order[number % len(things)]], things, more, size)[0]
-    opening = dataclasses.replace(turns[0], text=IMAGE + turns[0].text)
-    return Example(image, (opening, *turns[1:]), {"kind": first, **info})
-
-
-def _kind(rng: np.random.Generator) -> str:
-    return str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
-
-
-def _ask(
-    rng: np.random.Generator, thing: _Thing, things: list[_Thing], kind: str, size: int
-) -> tuple[tuple[Turn, ...], dict[str, object]]:
-    """A question about a thing with its answer, and keys of the record if it is the first."""
+    thing = things[rng.integers(len(things))]
+    more: dict[str, object] = {}
     if kind == "text":
         question, answer = _question(rng, thing, things)
-        return (Turn("user", question), Turn("assistant", answer)), {}
-    if kind == "list":
-        named = sorted(things, key=lambda thing: thing.x)
-        regions = tuple(Region("box", one.box(size), label=one.name) for one in named)
-        answer = answer_text(len(regions))
-        return (Turn("user", _LIST_PROMPT), Turn("assistant", answer, regions)), {}
-    words, box = _phrase(rng, thing, things), thing.box(size)
-    more: dict[str, object] = {}
-    if kind == "box":
-        question, region = (
-            _one(rng, _BOX_PROMPTS).format(words),
-            Region("box", box, label=thing.name),
-        )
+        regions: tuple[Region, ...] = ()
     else:
-        question = _one(rng, _POINT_PROMPTS).format(words)
-        region = Region("point", box.mean(axis=0, keepdims=True), label=thing.name)
-        more = {"box": box.ravel().round(2).tolist()}
-    return (Turn("user", question), Turn("assistant", answer_text(1), (region,))), more
+        words = _phrase(rng, thing, things)
+        answer = answer_text(1)
+        box = thing.box(size)
+        if kind == "box":
+            question, regions = _one(rng, _BOX_PROMPTS).format(words), (Region("box", box),)
+        else:
+            question = _one(rng, _POINT_PROMPTS).format(words)
+            regions = (Region("point", box.mean(axis=0, keepdims=True)),)
+            more = {"box": box.ravel().round(2).tolist()}
+    turns = (Turn("user", IMAGE + question), Turn("assistant", answer, regions))
+    return Example(image, turns, {"kind": kind, **more})
 
 
 def _one(rng: np.random.Generator, texts: tuple[str, ...]) -> str:
@@ -188,8 +158,6 @@ def _things(rng: np.random.Generator, most: int) -> list[_Thing]:
 
 
 def _phrase(rng: np.random.Generator, thing: _Thing, things: list[_Thing]) -> str:
-    if len(things) == 1 and rng.random() < 0.5:
-        return "the thing"  # its label is told by the picture alone
     choices = [f"the {thing.name}", f"the {thing.colour} thing"]
     if sum(other.shape == thing.shape for other in things) == 1:
         choices.append(f"the {thing.shape}")
@@ -198,7 +166,7 @@ def _phrase(rng: np.random.Generator, thing: _Thing, things: list[_Thing]) -> st
 
 def _question(rng: np.random.Generator, thing: _Thing, things: list[_Thing]) -> tuple[str, str]:
     others = [other for other in things if abs(other.x - thing.x) > 0.1]
-    if others and rng.random() < 0.2:
+    if others and rng.random() < 0.5:
         other = others[rng.integers(len(others))]
         side = "left" if thing.x < other.x else "right"
         return f"Which side of the {other.name} is the {thing.name} on?", side

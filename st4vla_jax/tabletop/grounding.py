@@ -37,13 +37,12 @@ class Example:
 
     Attributes:
       image: u8[h,w,3].
-      turns: questions and their answers, the picture in the first.
-      info: further keys of the record, as JSON, about the first question; "box" is the target's
-        where its answer is a point.
+      turns: one question and its answer.
+      info: further keys of the record, as JSON; "box" is the target's where the answer is a point.
     """
 
     image: np.ndarray
-    turns: tuple[Turn, ...]
+    turns: tuple[Turn, Turn]
     info: dict[str, Any]
 
 
@@ -102,7 +101,6 @@ def robot_example(
     kind: str | None = None,
     *,
     tasks: Sequence[str] = TASKS,
-    questions: int = 1,
 ) -> Example:
     """A grounding record about a moment of a demonstration.
 
@@ -111,10 +109,8 @@ def robot_example(
       index: of the record; equal ones give an equal record, no scene is one of an episode.
       split: see `sampling.SPLITS`.
       size: pixels of the picture's side.
-      kind: box, point, trajectory or relation; default: drawn for each question.
+      kind: box, point, trajectory or relation; default: drawn.
       tasks: of the demonstrations; those for which the split means something.
-      questions: at most, asked in turn.  Where a body is is asked only once, for a model that can
-        copy from its first answer does not look.
 
     Raises:
       ValueError: an unknown split or kind, or no task for the split.
@@ -126,40 +122,24 @@ def robot_example(
             f"kind {kind!r} of {', '.join(_KINDS)}"
         )
     rng = np.random.default_rng([seed, index, SPLITS.index(split), _STREAM])
-    first = kind or _kind(rng)
+    kind = kind or str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
     while True:
         task = known[rng.integers(len(known))]
         moment = _Moment(rng, sample(rng, task, split), MAX_STEPS[task], size)
-        if (found := moment.ask(first)) is None:
-            continue
-        asked = [found]
-        for _ in range(1, questions):
-            more = moment.ask(kind or _kind(rng))
-            if more is not None and not any(more.about & other.about for other in asked):
-                asked.append(more)
-        turns = [turn for question in asked for turn in question.turns]
-        turns[0] = Turn("user", IMAGE + turns[0].text)
-        info = {"kind": first, "task": task, "split": split, **found.more}
-        return Example(moment.image, tuple(turns), info)
+        found = {
+            "box": moment.box,
+            "point": moment.point,
+            "trajectory": moment.trace,
+            "relation": moment.words,
+        }[kind]()
+        if found is not None:
+            question, answer, regions, more = found
+            turns = (Turn("user", IMAGE + question), Turn("assistant", answer, regions))
+            info = {"kind": kind, "task": task, "split": split, **more}
+            return Example(moment.image, turns, info)
 
 
-def _kind(rng: np.random.Generator) -> str:
-    return str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    """A question, its answer, and what both are about: indices of bodies, or words."""
-
-    question: str
-    answer: str
-    about: frozenset[int | str]
-    regions: tuple[Region, ...] = ()
-    more: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def turns(self) -> tuple[Turn, Turn]:
-        return Turn("user", self.question), Turn("assistant", self.answer, self.regions)
+_Found = tuple[str, str, tuple[Region, ...], dict[str, Any]]
 
 
 class _Moment:
@@ -203,13 +183,6 @@ class _Moment:
         world.move(dx, dy, dz, turn, is_open > 0.5)
         progress.update(world)
 
-    def ask(self, kind: str) -> _Found | None:
-        """A question of a kind; None where the scene has no clear one."""
-        makes = {
-            "box": self.box, "point": self.point, "trajectory": self.trace, "relation": self.words,
-        }  # fmt: skip
-        return makes[kind]()
-
     def _named(self) -> list[int]:
         return [*range(len(self.scene.bodies)), *([HANDLE] if self.scene.slider else [])]
 
@@ -222,24 +195,19 @@ class _Moment:
     def box(self) -> _Found | None:
         """The box of something named, of what a robot's prompt is about, or of everything."""
         draw = self.rng.random()
-        if draw < 0.4:
+        if draw < 0.3:
             question = spatial_prompt(self.instruction, PromptConfig(PROMPT))
-            return self._boxes(question, self.target)
-        if draw < 0.45:
+            return question, answer_text(1), (Region("box", self.boxes[self.target]),), {}
+        if draw < 0.4:
             regions = tuple(
                 Region("box", self.boxes[i], label=self.scene.bodies[i].name)
                 for i in self.scene.objects
             )
-            about, answer = frozenset(self.scene.objects), answer_text(len(regions))
-            return _Found(BOX_QUESTION.format("every object"), answer, about, regions)
+            return BOX_QUESTION.format("every object"), answer_text(len(regions)), regions, {}
         if (found := self._phrase()) is None:
             return None
         index, text = found
-        return self._boxes(BOX_QUESTION.format(text), index)
-
-    def _boxes(self, question: str, index: int) -> _Found:
-        region = Region("box", self.boxes[index])
-        return _Found(question, answer_text(1), frozenset({index}), (region,))
+        return BOX_QUESTION.format(text), answer_text(1), (Region("box", self.boxes[index]),), {}
 
     def point(self) -> _Found | None:
         """The point of something named, or of the place that something is brought to."""
@@ -252,8 +220,7 @@ class _Moment:
             index, question = found[0], f"Point to {found[1]}."
         region = Region("point", self.points[index][None])
         box = {"box": self.boxes[index].ravel().round(2).tolist()}
-        about = frozenset({index})
-        return _Found(POINT_QUESTION.format(question), answer_text(1), about, (region,), box)
+        return POINT_QUESTION.format(question), answer_text(1), (region,), box
 
     def trace(self) -> _Found | None:
         """Where the gripper goes until the next goal is reached."""
@@ -262,30 +229,23 @@ class _Moment:
         shares = np.linspace(0, len(self.path) - 1, WAY_POINTS).round().astype(int)
         way = np.stack(self.path)[shares]
         question = TRACE_QUESTION.format(f"to {self.instruction}")
-        about = frozenset({self.target})
-        return _Found(question, answer_text(1), about, (Region("trajectory", way),))
+        return question, answer_text(1), (Region("trajectory", way),), {}
 
     def words(self) -> _Found | None:
         """A question whose answer is words."""
         draw = self.rng.random()
         if draw < 0.15:
-            question, answer = (
-                "Is the gripper open or closed?",
-                "open" if self.is_open else "closed",
-            )
-            return _Found(question, answer, frozenset({question}))
+            return "Is the gripper open or closed?", "open" if self.is_open else "closed", (), {}
         clear = [pair for pair, where in self.relations.items() if where and self._unique(*pair)]
         if not clear:
             return None
         a, b = clear[self.rng.integers(len(clear))]
-        pair = frozenset({f"{min(a, b)} and {max(a, b)}"})
         where, names = self.relations[a, b], [self.scene.bodies[i].name for i in (a, b)]
         if draw < 0.6:
-            question = f"Where is the {names[0]}, seen from the {names[1]}?"
-            return _Found(question, where, pair)
+            return f"Where is the {names[0]}, seen from the {names[1]}?", where, (), {}
         asked = where if self.rng.random() < 0.5 else str(self.rng.choice(RELATIONS))
         answer = "yes" if asked == where else "no"
-        return _Found(f"Is the {names[0]} {asked} the {names[1]}?", answer, pair)
+        return f"Is the {names[0]} {asked} the {names[1]}?", answer, (), {}
 
     def _unique(self, *indices: int) -> bool:
         return all(self.styles[i]["name"] for i in indices)

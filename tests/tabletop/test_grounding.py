@@ -1,9 +1,9 @@
-import itertools
 import re
 
 import numpy as np
 import pytest
 
+from configs.tabletop import get_config
 from st4vla_jax.data.llava import check_turns
 from st4vla_jax.tabletop.generic import THINGS, generic_example
 from st4vla_jax.tabletop.grounding import (
@@ -14,6 +14,7 @@ from st4vla_jax.tabletop.grounding import (
     target_point,
     tip_point,
 )
+from st4vla_jax.tabletop.language import PROMPT
 from st4vla_jax.tabletop.render import Renderer, to_pixels
 from st4vla_jax.tabletop.sampling import sample
 from st4vla_jax.tabletop.scene import COLOURS, SHAPES, Scene
@@ -179,44 +180,6 @@ def test_records_are_usable_and_follow_from_their_number(make):
     assert not np.array_equal(make(3, 0).image, make(4, 0).image)
 
 
-@pytest.mark.parametrize("make", [robot_example, generic_example])
-def test_more_questions_about_one_picture(make):
-    """They follow the one that a record of one question asks, each with an answer of its own."""
-    longer = 0
-    for index in range(40):
-        alone, several = make(6, index), make(6, index, questions=4)
-        np.testing.assert_array_equal(alone.image, several.image)
-        assert repr(alone.turns) == repr(several.turns[: len(alone.turns)])
-        assert alone.info == several.info
-        check_turns(several.turns, [several.image.shape[:2]])
-        assert [turn.role for turn in several.turns] == ["user", "assistant"] * (
-            len(several.turns) // 2
-        )
-        assert 2 <= len(several.turns) <= 8
-        longer += len(several.turns) > 4
-    assert longer >= 12
-
-
-@pytest.mark.parametrize("make", [robot_example, generic_example])
-def test_no_answer_can_be_copied_from_an_earlier_one(make):
-    """No two boxes or points of a record are of the same place."""
-    several = 0
-    for index in range(60):
-        turns = make(7, index, questions=4).turns[1::2]
-        ends = [r.coordinates[-1] if r.kind == "trajectory" else r.coordinates.mean(axis=0)
-                for turn in turns for r in turn.regions]  # fmt: skip
-        several += len(ends) > 1
-        for a, b in itertools.combinations(ends, 2):
-            assert np.abs(a - b).max() > 1.5, (index, turns)
-    assert several >= 20
-
-
-def test_of_one_thing_the_place_is_asked_once_and_then_words():
-    for index in range(20):
-        turns = generic_example(7, index, kind="box", most=1, questions=4).turns[1::2]
-        assert [len(turn.regions) for turn in turns] == [1, 0]
-
-
 def test_moments_are_of_the_tasks_asked_for():
     found = {robot_example(0, index, tasks=("reach", "stack")).info["task"] for index in range(20)}
     assert found == {"reach", "stack"}
@@ -225,20 +188,12 @@ def test_moments_are_of_the_tasks_asked_for():
 
 
 def test_the_robot_s_prompt_asks_for_the_target_s_box():
+    """With the very words of a policy's samples, or a policy's prompt asks the VLM nothing."""
     texts = [robot_example(0, i, kind="box", tasks=("reach",)).turns[0].text for i in range(60)]
     asked = [text for text in texts if text.endswith(". Locate the key object.")]
-    assert len(asked) >= 12
+    assert len(asked) >= 10
     assert all(text.startswith(("<image>reach the", "<image>move the gripper")) for text in asked)
-
-
-def test_generic_lists_go_from_left_to_right_and_name_everything():
-    for index in range(30):
-        (asked, answer) = generic_example(8, index, kind="list", questions=3).turns
-        assert "every thing" in asked.text
-        lefts = [region.coordinates.mean(axis=0)[0] for region in answer.regions]
-        assert len(lefts) == answer.text.count("<region>") >= 1
-        assert all(a < b + 8 for a, b in itertools.pairwise(lefts))  # boxes of turned shapes
-        assert all(re.fullmatch(r"\w+ \w+", region.label) for region in answer.regions)
+    assert get_config().data.prompts == (PROMPT,)
 
 
 def test_generic_scenes_share_no_shape_with_robot_scenes():
@@ -266,7 +221,7 @@ def test_relations_are_told_as_the_picture_shows_them(make):
         "in front of": (0, 1), "behind": (0, -1),
     }  # fmt: skip
     good = []
-    for index in range(3 * 200):
+    for index in range(200):
         example = make(0, index, kind="text" if make is generic_example else "relation")
         text, answer = example.turns[0].text, example.turns[1].text
         colours = re.findall("|".join(COLOURS), text)
