@@ -13,6 +13,8 @@ from st4vla_jax.checkpoint import CheckpointError, nested, param_shapes, read_me
 from st4vla_jax.train_checkpoints import FOLDER, complete_steps
 
 FINGERPRINT, TRAINABLE = "data_fingerprint", "trainable"  # keys of a run's record
+# Keys that came later -> what runs without them did.
+_LATER = {r"config\.optim\.groups\.[^.]+\.rule": "adam"}
 
 
 def compare_runs(
@@ -49,7 +51,7 @@ def compare_runs(
     )
     problems = []
     for key in sorted(flat_old.keys() | flat_new.keys()):
-        before, after = flat_old.get(key, "absent"), flat_new.get(key, "absent")
+        before, after = flat_old.get(key, _unsaid(key)), flat_new.get(key, "absent")
         if before == after:
             continue
         named = [(on, hint) for keys, on, hint in accepted if _below(key, keys)]
@@ -65,6 +67,12 @@ def compare_runs(
                 ]
             )
         )
+
+
+def _unsaid(key: str) -> str:
+    """What a record without this key means by it."""
+    known = (value for pattern, value in _LATER.items() if re.fullmatch(pattern, key))
+    return next(known, "absent")
 
 
 def flat_record(record: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -96,6 +96,16 @@ def test_every_change_is_named():
     compare_runs(OLD, new, **KEYS, allow_data_change=True, restart_optimizer=True)
 
 
+def test_a_run_from_before_a_key_goes_on_with_what_it_did():
+    old = {"config": {"optim": {"groups": {"vlm": {"lr": 1.0}}}}}
+    new = copy.deepcopy(old)
+    new["config"]["optim"]["groups"]["vlm"]["rule"] = "adam"
+    compare_runs(old, new)
+    new["config"]["optim"]["groups"]["vlm"]["rule"] = "muon"
+    with pytest.raises(CheckpointError, match="groups.vlm.rule: .*adam.*muon"):
+        compare_runs(old, new)
+
+
 def test_of_long_lists_only_the_difference_is_shown():
     old, new = ({"trainable": [f"p{i}" for i in range(start, start + 50)]} for start in (0, 2))
     with pytest.raises(CheckpointError, match="trainable: -p0, -p1, .p50, .p51  "):
