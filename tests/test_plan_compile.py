@@ -144,7 +144,6 @@ ENTRY %main (a: f32[4,128]) -> f32[4,320] {
     assert plan_compile.has_logits(module, 320) and not plan_compile.has_logits(module, 64)
 
 
-@pytest.mark.aot
 @pytest.mark.parametrize("length,head,share", [(1280, 128, 0.6), (1200, 128, 0.6), (1280, 80, 1)])
 def test_blocks_above_the_diagonal_do_not_count(length, head, share):
     """Five blocks of 256: 15 of 25.  The vision tower's heads are of another size."""
@@ -163,6 +162,7 @@ def test_blocks_above_the_diagonal_do_not_count(length, head, share):
     assert jaxpr_flops(traced, kernels=kernels) == pytest.approx(share * jaxpr_flops(traced))
 
 
+@pytest.mark.aot
 def test_an_option_that_the_compiler_lacks_is_named():
     tpu = parse_slice("v5e:2x2")
     mesh = make_mesh(2, 2, 1, slice_devices(tpu))
