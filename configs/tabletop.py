@@ -21,7 +21,7 @@ def grounding_set(name: str, root: str) -> dict:
 
 
 def robot_set(root: str) -> dict:
-    path, views = f"{root}/tabletop/1.0.0", ("primary", "wrist")
+    path, views = f"{root}/tabletop/1.0.0", ("primary",)
     return {"kind": "rlds", "path": path, "spec": "tabletop", "views": views, "holdout": 0.1}
 
 
@@ -30,24 +30,25 @@ def make_config(is_vlm: bool, **sets: dict) -> ConfigDict:
     config = tiny(train_config(**sets))
     config.model.update({"vlm": "tabletop", "dino": "tabletop", "dit": "tabletop"})
     config.data.update({"system": "tabletop", "prompts": (PROMPT,)})
-    config.data.schedule.update({"tokens": 640, "robot_samples": 24, "grounding_samples": 12})
+    config.data.schedule.update({"tokens": 128, "robot_samples": 32, "grounding_samples": 16})
     config.update({"steps": 400, "save_every": 200})
     config.evaluation.update({"every": 200, "samples": 16})
-    if not is_vlm:
-        config.data.schedule.views = 2
-        config.evaluation.diagnostics = 100
-        config.loss.repeats = 2
-        # The second block of the Q-Former asks with what the first has read of the instruction.
-        config.model.bridge.update({"start_layer": 1, "end_layer": 3, "state_dim": 7})
-        return config
-    config = vlm_alone(config)
-    config.data.schedule.grounding_samples = 32
-    config.loss.text = 1.0
-    config.optim.warmup = 50
     groups = config.optim.groups
-    groups.vlm.lr = 1e-3
-    # The first updates teach how answers are written; the tower waits until it is asked.
-    groups.vision = {**groups.vlm, "pattern": "vlm/visual/", "warmup": 200}
+    # AdamW has not learned in ten times the updates which thing words mean.
+    for group in groups.values():
+        group.rule, group.lr = "muon", 2e-3
+    groups.words = {**groups.vlm, "pattern": "vlm/language_model/embed_tokens/", "rule": "adam"}
+    config.optim.update({"b1": 0.95, "warmup": 50})
+    if is_vlm:
+        config = vlm_alone(config)
+        config.data.schedule.grounding_samples = 128
+        config.loss.text = 1.0
+        config.optim.groups.vlm.lr = 4e-3
+        return config
+    config.evaluation.diagnostics = 100
+    groups.vlm.lr = groups.words.lr = 1e-3
+    # The second block of the Q-Former asks with what the first has read of the instruction.
+    config.model.bridge.update({"start_layer": 1, "end_layer": 3, "state_dim": 7})
     return config
 
 

@@ -2,14 +2,14 @@
 
 python -m st4vla_jax.ablation --out DIR --budget smoke|small|medium [--rows NAME ...]
     [--decay 1.0 0.5 0.1 0.0] [--ratio 1 5 10 20]
-    [--updates SINGLE STAGE0 STAGE1 ROW] [--data EPISODES GROUNDING GENERIC] [--curve N]
+    [--updates STAGE0 STAGE1 ROW] [--data EPISODES GROUNDING GENERIC] [--curve N]
     [--rollouts N] [--records N] [--tasks TASK ...] [--stage0 CHECKPOINT] [--jobs N]
 
-Stage 0, once: a tiny VLM on generic scenes, the first of one thing only, where it learns to see; it
-stands in for Qwen2.5-VL.  Then each row at equal action updates and seeds: vanilla_vla (actions
-alone), cotrain (and grounding), prompt (and the spatial prompt), decay (and the gradient decay),
-full (and stage 1 on robot scenes before), frozen (the VLM of stage 1, never updated).  ``--decay``
-and ``--ratio`` add rows that are ``full`` but for one value.
+Stage 0, once: a tiny VLM on generic scenes; it stands in for Qwen2.5-VL.  Then each row at equal
+action updates and seeds: vanilla_vla (actions alone), cotrain (and grounding), prompt (and the
+spatial prompt), decay (and the gradient decay), full (and stage 1 on robot scenes before), frozen
+(the VLM of stage 1, never updated).  ``--decay`` and ``--ratio`` add rows that are ``full`` but for
+one value.
 
 Everything is the project's own commands; their output is in DIR/logs.  The same command goes on
 where it stopped, and with more rows it adds them.  DIR gets table.md, table.json and report.html.
@@ -62,7 +62,7 @@ def chosen_budget(args: argparse.Namespace) -> Budget:
     """The named budget with the flags' changes."""
     changes: dict[str, Any] = {k: getattr(args, k) for k in ("rollouts", "records", "curve")}
     if args.updates:
-        changes |= dict(zip(("single", "stage0", "stage1", "row"), args.updates, strict=True))
+        changes |= dict(zip(("stage0", "stage1", "row"), args.updates, strict=True))
     if args.data:
         changes |= dict(zip(("episodes", "grounding", "generic"), args.data, strict=True))
     if args.tasks:
@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--rows", nargs="+", default=[], metavar="ROW", help=f"of {', '.join(ROWS)}; default: all")
     add("--decay", nargs="+", type=float, default=[], help="more rows: full with this decay")
     add("--ratio", nargs="+", type=float, default=[], help="more rows: full, action : text loss")
-    add("--updates", nargs=4, type=int, metavar=("SINGLE", "STAGE0", "STAGE1", "ROW"))
+    add("--updates", nargs=3, type=int, metavar=("STAGE0", "STAGE1", "ROW"))
     add("--data", nargs=3, type=int, metavar=("EPISODES", "GROUNDING", "GENERIC"))
     add("--curve", type=int, help="checkpoints of a row that are asked for boxes")
     add("--rollouts", type=int, help="closed-loop episodes of each task")

@@ -6,6 +6,7 @@ Every job is a command that a user could type: data, `train` with configs/ablati
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ CONFIG = "configs/ablation.py"
 IN_DISTRIBUTION = "val"  # the training distribution under other seeds
 HELD_OUT = tuple(split for split in SPLITS if split not in ("train", IN_DISTRIBUTION))
 DOMAINS = {"generic": "generic", "robot": "grounding"}  # of questions -> folder of a data set
-SINGLE, STAGES = "single", ("stage0", "stage1")
+STAGES = ("stage0", "stage1")
 CACHE = "compile_cache"  # jobs of one kind compile the same programs
 RUN = "run"  # workdir below a stage's or row's folder
 FINAL, SPLITS_FOLDER = "final", "splits"  # of a row's closed loops, in distribution and of the rest
@@ -36,7 +37,7 @@ class Budget:
 
     Attributes:
       episodes: demonstrations; grounding: records about robot scenes; generic: others.
-      single, stage0, stage1, row: updates; the first are stage 0's on pictures of one thing.
+      stage0, stage1, row: updates.
       curve: checkpoints of a row that are asked for boxes, evenly spaced, the last among them.
       records: questions of a test, of each domain.
       rollouts: closed-loop episodes of each task in distribution; of each other split, a quarter.
@@ -46,7 +47,6 @@ class Budget:
     episodes: int
     grounding: int
     generic: int
-    single: int
     stage0: int
     stage1: int
     row: int
@@ -71,9 +71,9 @@ class Budget:
 
 
 BUDGETS = {
-    "smoke": Budget(12, 48, 96, 4, 4, 4, 4, 2, 12, 4),
-    "small": Budget(2000, 8000, 20_000, 900, 5000, 1200, 2000, 2, 400, 200),
-    "medium": Budget(8000, 24_000, 60_000, 900, 8000, 6000, 6000, 4, 400, 200, ("reach", "pick")),
+    "smoke": Budget(12, 160, 160, 4, 4, 4, 2, 12, 4),
+    "small": Budget(2000, 16_000, 48_000, 1000, 400, 1200, 2, 400, 200),
+    "medium": Budget(8000, 24_000, 64_000, 1200, 500, 3000, 3, 400, 200, ("reach", "pick")),
 }
 
 
@@ -183,7 +183,7 @@ class Plan:
         """A stage's or row's weights after ``step`` updates, all of them by default."""
         if name == "stage0" and self.stage0 is not None:
             return self.stage0
-        step = getattr(self.budget, name) if name in (SINGLE, *STAGES) else step or self.budget.row
+        step = getattr(self.budget, name) if name in STAGES else step or self.budget.row
         return self.out / name / RUN / CHECKPOINTS / f"{step:08d}"
 
     def answers(self, name: str) -> dict[str, dict[int, Path]]:
@@ -200,10 +200,10 @@ class Plan:
 
     def _data(self) -> Iterator[Job]:
         budget = self.budget
-        make = (*_python("st4vla_jax.tabletop.dataset"), "--out")
+        workers = len(os.sched_getaffinity(0))  # the records do not depend on it
+        make = (*_python("st4vla_jax.tabletop.dataset"), "--workers", workers, "--out")
         train = ("--episodes", budget.episodes, "--grounding", budget.grounding)
-        train += ("--generic", budget.generic, "--single", max(1, 3 * budget.generic // 10))
-        train += ("--tasks", *budget.tasks)
+        train += ("--generic", budget.generic, "--tasks", *budget.tasks)
         test = ("--grounding", budget.records, "--generic", budget.records)
         test += ("--seed", 1, "--split", IN_DISTRIBUTION, "--tasks", *budget.tasks)
         yield _job("data/train", *make, self.out / "data/train", *train)
@@ -213,8 +213,7 @@ class Plan:
         if name == "stage1":
             yield self._train(name, name, "stage0", self.budget.stage1, 1, {})
         elif self.stage0 is None:
-            yield self._train(SINGLE, SINGLE, "", self.budget.single, 1, {})
-            yield self._train(name, name, SINGLE, self.budget.stage0, 1, {})
+            yield self._train(name, name, "", self.budget.stage0, 1, {})
         for domain, steps in self.answers(name).items():
             yield self._evaluate(name, None, steps[0], "grounding", *self._questions(domain))
 
@@ -245,7 +244,7 @@ class Plan:
         for folder in _grounding_of(part):
             settings[f"data.sets.{folder}.path"] = data / folder / "records.jsonl"
             settings[f"data.sets.{folder}.images"] = data / folder
-        if part not in (SINGLE, *STAGES):
+        if part not in STAGES:
             settings["data.sets.tabletop.path"] = data / "tabletop/1.0.0"
         if start:
             settings["init.checkpoint"] = self.checkpoint(start)
@@ -274,8 +273,7 @@ def _grounding_of(part: str) -> tuple[str, ...]:
     """Grounding data that a part of CONFIG has, by their folders."""
     if part in ("vanilla_vla", "frozen"):
         return ()
-    alone = {SINGLE: (SINGLE,), "stage0": ("generic",)}
-    return alone.get(part, ("generic", "grounding"))
+    return ("generic",) if part == "stage0" else ("generic", "grounding")
 
 
 def _python(module: str) -> tuple[str, ...]:

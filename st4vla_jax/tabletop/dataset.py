@@ -5,7 +5,6 @@ python -m st4vla_jax.tabletop.dataset --episodes 2000 --grounding 4000 --generic
   DIR/tabletop/1.0.0           episodes in array_record shards, robot spec "tabletop"
   DIR/grounding/records.jsonl  boxes, points, traces, relations in robot scenes (stage 1, 2)
   DIR/generic/records.jsonl    the same of other shapes, without a robot (stage 0)
-  DIR/single/records.jsonl     generic ones of one thing, where stage 0 learns to see
   DIR/tokenizer                words and numbers as tokens, see `words`
   DIR/settings.json            what was asked for
 
@@ -45,7 +44,7 @@ from st4vla_jax.tabletop.episodes import (
     encode,
     successful,
 )
-from st4vla_jax.tabletop.generic import COUNTS, generic_example
+from st4vla_jax.tabletop.generic import generic_example
 from st4vla_jax.tabletop.grounding import robot_example
 from st4vla_jax.tabletop.sampling import SPLITS, splits_of
 from st4vla_jax.tabletop.tasks import TASKS
@@ -71,7 +70,6 @@ def write_dataset(
     episodes: int,
     grounding: int = 0,
     generic: int = 0,
-    single: int = 0,
     seed: int = 0,
     split: str = "train",
     tasks: Sequence[str] = TASKS,
@@ -84,8 +82,7 @@ def write_dataset(
       out: folder; see the module's docstring.
       episodes: how many demonstrations.
       grounding: how many records of robot scenes.
-      generic: how many of other pictures.
-      single: how many of these with one thing; none of a kind makes no folder for it.
+      generic: how many of other pictures; none of a kind makes no folder for it.
       seed: of everything.
       split: see `sampling.SPLITS`; names the tfds split too.
       tasks: of the demonstrations, in turn, and of the moments that grounding records show.
@@ -97,9 +94,8 @@ def write_dataset(
       ConversionError, OSError: as `data.conversion.run`.
     """
     settings = {
-        "episodes": episodes, "grounding": grounding, "generic": generic, "single": single,
-        "seed": seed, "split": split, "tasks": list(tasks), "image_size": image_size,
-        "code": _code_digest(),
+        "episodes": episodes, "grounding": grounding, "generic": generic, "seed": seed,
+        "split": split, "tasks": list(tasks), "image_size": image_size, "code": _code_digest(),
     }  # fmt: skip
     _check(settings, workers)
     _claim(out, settings)
@@ -109,22 +105,21 @@ def write_dataset(
             run(_episodes(settings, records), out / NAME / VERSION, threads=1)
         for name, count, make in (
             ("grounding", grounding, functools.partial(_robot_record, settings)),
-            ("generic", generic, functools.partial(_generic_record, seed, image_size, len(COUNTS))),
-            ("single", single, functools.partial(_generic_record, seed, image_size, 1)),
+            ("generic", generic, functools.partial(_generic_record, settings)),
         ):
             if count:
                 _write_grounding(out / name, records(make, range(count)), count)
 
 
 def _check(settings: dict[str, Any], workers: int) -> None:
-    counts = {key: settings[key] for key in ("episodes", "grounding", "generic", "single", "seed")}
+    counts = {key: settings[key] for key in ("episodes", "grounding", "generic", "seed")}
     problems = [
         f"--{key} {count}: must not be negative" for key, count in counts.items() if count < 0
     ]
     if settings["episodes"] > MAX_EPISODES:
         problems.append(f"--episodes {settings['episodes']}: at most {MAX_EPISODES} for a seed")
-    if not any(settings[key] for key in ("episodes", "grounding", "generic", "single")):
-        problems.append("nothing to write: give --episodes, --grounding, --generic or --single")
+    if not any(settings[key] for key in ("episodes", "grounding", "generic")):
+        problems.append("nothing to write: give --episodes, --grounding or --generic")
     if settings["image_size"] < 28:
         problems.append(f"--image_size {settings['image_size']}: at least 28 pixels")
     if workers < 1:
@@ -236,16 +231,23 @@ def _episode_record(
 _Record = tuple[bytes, Sequence[Turn], dict[str, Any]]
 
 
+def _has_lists(settings: dict[str, Any]) -> bool:
+    """Lists of everything teach; a test asks for what is named."""
+    return settings["split"] == "train"
+
+
 def _robot_record(settings: dict[str, Any], number: int) -> _Record:
     example = robot_example(
         settings["seed"], number, settings["split"], settings["image_size"],
-        tasks=settings["tasks"],
+        tasks=settings["tasks"], lists=_has_lists(settings),
     )  # fmt: skip
     return _png(example.image), example.turns, example.info
 
 
-def _generic_record(seed: int, image_size: int, most: int, number: int) -> _Record:
-    example = generic_example(seed, number, image_size, most=most)
+def _generic_record(settings: dict[str, Any], number: int) -> _Record:
+    example = generic_example(
+        settings["seed"], number, settings["image_size"], lists=_has_lists(settings)
+    )
     return _png(example.image), example.turns, example.info
 
 
@@ -287,7 +289,6 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="in turn; default: all")
     parser.add_argument("--grounding", type=int, default=0, help="records about robot scenes")
     parser.add_argument("--generic", type=int, default=0, help="records about other pictures")
-    parser.add_argument("--single", type=int, default=0, help="these with one thing")
     parser.add_argument("--image_size", type=int, default=112, help="pixels of a side")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     return parser

@@ -14,15 +14,13 @@ from PIL import Image, ImageDraw
 from st4vla_jax.data.answers import answer_text
 from st4vla_jax.data.prompts import IMAGE
 from st4vla_jax.data.source import Region, Turn
-from st4vla_jax.tabletop.grounding import Example
+from st4vla_jax.tabletop.grounding import Example, labelled_answer
 from st4vla_jax.tabletop.render import shade
 from st4vla_jax.tabletop.scene import COLOURS, Outline, regular
 
-# Share of pictures with one thing, two, ...  A model that starts from nothing first learns to see
-# where there is nothing to choose from.
-COUNTS = (0.5, 0.2, 0.15, 0.15)
+_COUNTS = (0.15, 0.25, 0.3, 0.3)  # share of pictures with one thing, two, ...
 
-_KINDS = {"box": 0.65, "point": 0.2, "text": 0.15}
+_KINDS = {"box": 0.35, "point": 0.07, "text": 0.08, "list": 0.5}
 _BOX_PROMPTS = (
     "Where is {}? Answer with its box in JSON.",
     "Find {} and give the bbox coordinates in JSON.",
@@ -32,8 +30,9 @@ _POINT_PROMPTS = (
     "Put your finger on {}. Answer in JSON.",
     "Which pixel shows the middle of {}? Answer in JSON.",
 )
+_LIST_PROMPT = "Detect every thing in this picture. JSON, please."
 # All that is asked, with {} for things.
-PROMPTS = (*_BOX_PROMPTS, *_POINT_PROMPTS)
+PROMPTS = (*_BOX_PROMPTS, *_POINT_PROMPTS, _LIST_PROMPT)
 _SUPER = 2
 _STREAM = 11
 
@@ -102,7 +101,7 @@ class _Thing:
 
 
 def generic_example(
-    seed: int, index: int, size: int = 112, kind: str | None = None, most: int = len(COUNTS)
+    seed: int, index: int, size: int = 112, kind: str | None = None, *, lists: bool = True
 ) -> Example:
     """A picture and a question about it.
 
@@ -110,8 +109,8 @@ def generic_example(
       seed: of the data set.
       index: of the record; equal ones give an equal record.
       size: pixels of the picture's side.
-      kind: box, point or text; default: drawn.
-      most: things in the picture.
+      kind: box, point, text or list (boxes of everything); default: drawn.
+      lists: False draws a box where it would be a list.
 
     Raises:
       ValueError: an unknown kind.
@@ -119,36 +118,38 @@ def generic_example(
     if kind not in (None, *_KINDS):
         raise ValueError(f"kind {kind!r}: there are {', '.join(_KINDS)}")
     rng = np.random.default_rng([seed, index, _STREAM])
-    kind = kind or str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
-    things = _things(rng, most)
+    drawn = str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
+    kind = kind or ("box" if drawn == "list" and not lists else drawn)
+    things = _things(rng)
     image = _draw(rng, things, size)
     thing = things[rng.integers(len(things))]
     more: dict[str, object] = {}
+    regions: tuple[Region, ...] = ()
     if kind == "text":
         question, answer = _question(rng, thing, things)
-        regions: tuple[Region, ...] = ()
+    elif kind == "list":
+        question, order = _LIST_PROMPT, [things[i] for i in rng.permutation(len(things))]
+        answer = labelled_answer([one.name for one in order])
+        regions = tuple(Region("box", one.box(size), label=one.name) for one in order)
     else:
-        words = _phrase(rng, thing, things)
-        answer = answer_text(1)
-        box = thing.box(size)
-        if kind == "box":
-            question, regions = _one(rng, _BOX_PROMPTS).format(words), (Region("box", box),)
-        else:
-            question = _one(rng, _POINT_PROMPTS).format(words)
-            regions = (Region("point", box.mean(axis=0, keepdims=True)),)
+        answer, box = answer_text(1), thing.box(size)
+        prompts, regions = _BOX_PROMPTS, (Region("box", box),)
+        if kind == "point":
+            prompts, regions = _POINT_PROMPTS, (Region("point", box.mean(axis=0, keepdims=True)),)
             more = {"box": box.ravel().round(2).tolist()}
+        question = _one(rng, prompts).format(_phrase(rng, thing, things))
     turns = (Turn("user", IMAGE + question), Turn("assistant", answer, regions))
-    return Example(image, turns, {"kind": kind, **more})
+    return Example(image, turns, {"kind": kind, "things": len(things), **more})
 
 
 def _one(rng: np.random.Generator, texts: tuple[str, ...]) -> str:
     return texts[rng.integers(len(texts))]
 
 
-def _things(rng: np.random.Generator, most: int) -> list[_Thing]:
-    """As many as COUNTS says up to ``most``, apart from each other, each of its own colour."""
+def _things(rng: np.random.Generator) -> list[_Thing]:
+    """As many as _COUNTS says, apart from each other, each of its own colour."""
     colours = rng.permutation(list(COLOURS))
-    wanted = min(most, 1 + int(rng.choice(len(COUNTS), p=COUNTS)))
+    wanted = 1 + int(rng.choice(len(_COUNTS), p=_COUNTS))
     things: list[_Thing] = []
     while len(things) < wanted:
         thing = _Thing(rng, str(colours[len(things)]))

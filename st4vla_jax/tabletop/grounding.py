@@ -7,12 +7,13 @@ is the right and lower edge of its last pixels.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from st4vla_jax.data.answers import answer_text
+from st4vla_jax.data.answers import COORDINATES, REGION, answer_text
 from st4vla_jax.data.importers import BOX_QUESTION, POINT_QUESTION, TRACE_QUESTION
 from st4vla_jax.data.prompts import IMAGE, PromptConfig, spatial_prompt
 from st4vla_jax.data.source import Region, Turn
@@ -26,8 +27,11 @@ from st4vla_jax.tabletop.world import HANDLE, Tip, World
 
 WAY_POINTS = 5  # of a trace, the first where the gripper is
 
-_KINDS = {"box": 0.5, "point": 0.2, "trajectory": 0.15, "relation": 0.15}
+_KINDS = {"box": 0.7, "point": 0.1, "trajectory": 0.1, "relation": 0.1}
 _STYLE_SHARES = (0.5, 0.25, 0.25)  # of STYLES
+# Share of moments near an episode's start: later on the gripper is at the target, and a model that
+# finds the gripper would answer without reading the instruction.
+_EARLY = 0.75
 _STREAM = 7  # keeps these scenes apart from those of episodes
 
 
@@ -93,6 +97,21 @@ def _inside(points: Any, size: int) -> np.ndarray:
 # --- Records ------------------------------------------------------------------------------------
 
 
+def labelled_answer(names: Sequence[str]) -> str:
+    """The text of a list with a placeholder for each name's box, the name before the box.
+
+    differs: Qwen2.5-VL writes the box first.  A tiny model learns from such lists, in any order of
+    the things, which of them words mean: the name stands right before the numbers.  On generic
+    pictures boxes of named things (IoU@0.5, up to four things) came to 0.9 after 500 updates of 256
+    records, half of them lists; without lists 14,000 updates ended at the share that guesses.
+    """
+    text = answer_text(len(names))
+    for name in names:
+        region = f'{{"label": {json.dumps(name)}, "bbox_2d": {COORDINATES}}}'
+        text = text.replace(REGION, region, 1)
+    return text
+
+
 def robot_example(
     seed: int,
     index: int,
@@ -101,6 +120,7 @@ def robot_example(
     kind: str | None = None,
     *,
     tasks: Sequence[str] = TASKS,
+    lists: bool = True,
 ) -> Example:
     """A grounding record about a moment of a demonstration.
 
@@ -111,6 +131,7 @@ def robot_example(
       size: pixels of the picture's side.
       kind: box, point, trajectory or relation; default: drawn.
       tasks: of the demonstrations; those for which the split means something.
+      lists: False asks for no list of boxes.
 
     Raises:
       ValueError: an unknown split or kind, or no task for the split.
@@ -125,7 +146,7 @@ def robot_example(
     kind = kind or str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
     while True:
         task = known[rng.integers(len(known))]
-        moment = _Moment(rng, sample(rng, task, split), MAX_STEPS[task], size)
+        moment = _Moment(rng, sample(rng, task, split), MAX_STEPS[task], size, lists)
         found = {
             "box": moment.box,
             "point": moment.point,
@@ -135,7 +156,8 @@ def robot_example(
         if found is not None:
             question, answer, regions, more = found
             turns = (Turn("user", IMAGE + question), Turn("assistant", answer, regions))
-            info = {"kind": kind, "task": task, "split": split, **more}
+            info = {"kind": kind, "task": task, "split": split, "things": len(moment.scene.bodies)}
+            info |= more
             return Example(moment.image, turns, info)
 
 
@@ -145,13 +167,15 @@ _Found = tuple[str, str, tuple[Region, ...], dict[str, Any]]
 class _Moment:
     """A moment of an undisturbed demonstration: the picture, and what comes after."""
 
-    def __init__(self, rng: np.random.Generator, start: Assignment, steps: int, size: int) -> None:
-        self.rng, self.size, self.instruction = rng, size, start.instruction
+    def __init__(
+        self, rng: np.random.Generator, start: Assignment, steps: int, size: int, lists: bool
+    ) -> None:
+        self.rng, self.size, self.instruction, self.lists = rng, size, start.instruction, lists
         world, progress = World(start.scene, start.tip), Progress(start.goals)
         self.scene, self.tip, self.goal = start.scene, start.tip, progress.goal
         renderer = Renderer(size, ("primary",))
         renderer.reset(start.scene)
-        for _ in range(int(rng.integers(0, 12))):
+        for _ in range(int(rng.integers(0, 3 if rng.random() < _EARLY else 12))):
             if progress.number or progress.failure:
                 break
             self._step(world, progress)
@@ -195,19 +219,23 @@ class _Moment:
     def box(self) -> _Found | None:
         """The box of something named, of what a robot's prompt is about, or of everything."""
         draw = self.rng.random()
-        if draw < 0.3:
+        if draw < 0.45:
             question = spatial_prompt(self.instruction, PromptConfig(PROMPT))
             return question, answer_text(1), (Region("box", self.boxes[self.target]),), {}
-        if draw < 0.4:
-            regions = tuple(
-                Region("box", self.boxes[i], label=self.scene.bodies[i].name)
-                for i in self.scene.objects
-            )
-            return BOX_QUESTION.format("every object"), answer_text(len(regions)), regions, {}
+        if draw < 0.7 and self.lists:
+            return self._list()
         if (found := self._phrase()) is None:
             return None
         index, text = found
         return BOX_QUESTION.format(text), answer_text(1), (Region("box", self.boxes[index]),), {}
+
+    def _list(self) -> _Found:
+        order = self.rng.permutation(self.scene.objects)
+        names = [self.scene.bodies[i].name for i in order]
+        regions = tuple(
+            Region("box", self.boxes[i], label=name) for i, name in zip(order, names, strict=True)
+        )
+        return BOX_QUESTION.format("every object"), labelled_answer(names), regions, {}
 
     def point(self) -> _Found | None:
         """The point of something named, or of the place that something is brought to."""
