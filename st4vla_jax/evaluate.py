@@ -101,7 +101,8 @@ def grounding(args: argparse.Namespace, policy: Policy, checkpoint: Path, about:
         prior = Prior.of((train.turns(i), train.image_sizes(i)) for i in range(len(train)))
     return run_grounding(
         policy, source, args.out, masks=args.masks, prior=prior, against=args.against,
-        limit=args.limit, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens,
+        limit=args.limit, by=args.by, batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
     )  # fmt: skip
 
 
@@ -228,6 +229,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--coordinates", default="none", help="frame of numbers in texts: pixels, fraction, ...")
     add("--prior", type=Path, help="training records, for the floor")
     add("--limit", type=int, help="first records only")
+    add("--by", metavar="KEY", help="scores for each value of a key of the records too")
     add("--batch-size", type=int, default=8)
     add("--max-new-tokens", type=int, default=128)
 

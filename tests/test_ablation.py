@@ -60,7 +60,7 @@ def test_rows_differ_where_they_should_and_nowhere_else():
     trees = {part: plain(config_file.get_config(part)) for part in config_file.ROWS}
     for part, tree in trees.items():
         assert TrainConfig.from_dict(tree).without_effect() == [], part
-        assert tree["data"]["schedule"]["robot_samples"] == 16
+        assert tree["data"]["schedule"]["robot_samples"] == 32
         assert (tree["steps"], tree["seed"]) == (trees["decay"]["steps"], 0)
     scales = {part: tree["model"]["bridge"]["gradient_scale"] for part, tree in trees.items()}
     assert scales == {part: 0.5 if part == "decay" else 1.0 for part in trees}
@@ -68,31 +68,28 @@ def test_rows_differ_where_they_should_and_nowhere_else():
     assert spatial == ["prompt", "decay", "frozen"]
     alone = [part for part, tree in trees.items() if set(tree["data"]["sets"]) == {"tabletop"}]
     assert alone == ["vanilla_vla", "frozen"]
-    frozen = [part for part, tree in trees.items() if tree["optim"]["groups"]["vlm"]["freeze"]]
-    assert frozen == ["frozen"]
+    for group in ("vlm", "words"):
+        frozen = [part for part, tree in trees.items() if tree["optim"]["groups"][group]["freeze"]]
+        assert frozen == ["frozen"]
     trees["prompt"]["model"]["bridge"]["gradient_scale"] = 0.5
     assert trees["prompt"] == trees["decay"]
-    with pytest.raises(ValueError, match="nothing: there are single, stage0"):
+    with pytest.raises(ValueError, match="nothing: there are stage0"):
         config_file.get_config("nothing")
 
 
 def test_jobs_come_after_what_they_need():
     found = jobs()
     names = list(found)
-    assert names[:6] == [
+    assert names[:5] == [
         "data/train",
         "data/test",
-        "single/train",
         "stage0/train",
         "stage0/generic",
         "stage0/robot",
     ]
     assert names.index("stage1/train") < names.index("vanilla_vla/train")
-    starts = [
-        settings(found[f"{part}/train"]).get("init.checkpoint") for part in ("single", *STAGES)
-    ]
-    folders = [start and start.removesuffix("/run/checkpoints/00000004") for start in starts]
-    assert folders == [None, f"{OUT}/single", f"{OUT}/stage0"]
+    starts = [settings(found[f"{part}/train"]).get("init.checkpoint") for part in STAGES]
+    assert starts == [None, f"{OUT}/stage0/run/checkpoints/00000004"]
     rows = [name.split("/")[0] for name in names if name.endswith("/final")]
     assert rows == list(ROWS)
     for row in ROWS:
@@ -126,7 +123,7 @@ def test_every_key_of_a_command_is_one_of_its_config():
 def test_only_what_is_needed_is_planned():
     assert not any(name.startswith("stage1") for name in jobs(["prompt"]))
     given = jobs(["prompt"], stage0=OUT / "given")
-    assert not {"single/train", "stage0/train"} & set(given) and "stage0/generic" in given
+    assert "stage0/train" not in given and "stage0/generic" in given
     assert settings(given["prompt/train"])["init.checkpoint"] == str(OUT / "given")
 
 
@@ -148,17 +145,17 @@ def test_all_that_cannot_be_is_named():
     for part in ("--rows ful, did you mean 'full'?", "--rows x", "--decay 2", "--ratio 0.5", "nan"):
         assert part in str(error.value)
     with pytest.raises(AblationError, match=r"(?s)episodes 0.*records -1.*'fly'"):
-        Budget(0, 1, 1, 1, 1, 1, 1, 1, -1, 1, ("fly",))
+        Budget(0, 1, 1, 1, 1, 1, 1, -1, 1, ("fly",))
     with pytest.raises(AblationError, match="row 5 is no multiple of curve 2"):
-        Budget(1, 1, 1, 1, 1, 1, 5, 2, 1, 1)
+        Budget(1, 1, 1, 1, 1, 5, 2, 1, 1)
 
 
 def test_command_line(tmp_path, capsys):
     args = ["--out", str(tmp_path / "x"), "--budget", "small"]
-    parsed = ablation.parse_args([*args, "--updates", "4", "5", "6", "10", "--records", "7"])
+    parsed = ablation.parse_args([*args, "--updates", "5", "6", "10", "--records", "7"])
     parsed.data = [8, 9, 11]
     budget = ablation.chosen_budget(parsed)
-    assert (budget.single, budget.stage0, budget.stage1, budget.row) == (4, 5, 6, 10)
+    assert (budget.stage0, budget.stage1, budget.row) == (5, 6, 10)
     assert budget.records == 7
     assert (budget.episodes, budget.grounding, budget.generic) == (8, 9, 11)
     assert budget.rollouts == BUDGETS["small"].rollouts

@@ -56,6 +56,7 @@ class Truth:
       text: the answer's text, for kind "text".
       inside: where a point counts: mask bool[h,w], box f[2,2], or None (distance only).
       record: file and record, for reports.
+      group: value of the record's key that scores are told apart by.
     """
 
     kind: str
@@ -64,6 +65,7 @@ class Truth:
     text: str = ""
     inside: np.ndarray | None = None
     record: str = ""
+    group: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Score:
     """How one answer did.
 
     Attributes:
-      kind, record: of the truth.
+      kind, record, group: of the truth.
       answer: the text.
       found: coordinates f64[n,2] of what was read, in original pixels.
       reason: why nothing was found; "" if something was.
@@ -94,13 +96,18 @@ class Score:
     found: tuple[np.ndarray, ...]
     reason: str
     values: Mapping[str, tuple[float, ...]]
+    group: str = ""
 
 
 # --- Questions ----------------------------------------------------------------------------------
 
 
 def questions(
-    source: GroundingSourceLike, *, masks: Path | None = None, limit: int | None = None
+    source: GroundingSourceLike,
+    *,
+    masks: Path | None = None,
+    limit: int | None = None,
+    by: str | None = None,
 ) -> Iterator[Question]:
     """The first question of each record.
 
@@ -109,10 +116,11 @@ def questions(
         a key ``box`` a box [x1,y1,x2,y2] likewise.
       masks: folder that ``mask`` is relative to; needed if a record has one.
       limit: stop after so many records.
+      by: key of the records whose values are the groups.
 
     Raises:
       BadRecordError: a record that cannot be read: a benchmark is scored whole or not at all.
-      ValueError: a record with a mask, but no ``masks``.
+      ValueError: a record with a mask, but no ``masks``; or without the key ``by``.
     """
     count = len(source) if limit is None else min(limit, len(source))
     for index in range(count):
@@ -123,8 +131,17 @@ def questions(
         kind = answer.regions[0].kind if answer.regions else "text"
         inside = _place(source.record(index), masks, sample.record) if kind == "point" else None
         sizes = tuple(image.shape[:2] for image in images)
-        truth = Truth(kind, answer.regions, sizes, answer.text, inside, sample.record)
+        group = _group(source.record(index), by, sample.record) if by else ""
+        truth = Truth(kind, answer.regions, sizes, answer.text, inside, sample.record, group)
         yield Question(asked, images, truth)
+
+
+def _group(record: Mapping[str, Any], key: str, name: str) -> str:
+    if key not in record:
+        raise ValueError(
+            f"{name} has no key {key!r} to tell scores apart by; it has {', '.join(record)}"
+        )
+    return str(record[key])
 
 
 def _place(record: Mapping[str, Any], masks: Path | None, name: str) -> np.ndarray | None:
@@ -154,7 +171,8 @@ def score(truth: Truth, answer: str, resized: Sequence[Size]) -> Score:
     else:
         found, reason = _read(truth, parse_answer(answer), resized)
     return Score(
-        truth.kind, truth.record, answer, found, reason, _measure(truth, found, answer)
+        truth.kind, truth.record, answer, found, reason, _measure(truth, found, answer),
+        truth.group,
     )  # fmt: skip
 
 

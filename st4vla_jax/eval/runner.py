@@ -144,6 +144,7 @@ def run_grounding(
     prior: Prior | None = None,
     against: Path | None = None,
     limit: int | None = None,
+    by: str | None = None,
     batch_size: int = 8,
     max_new_tokens: int = 128,
 ) -> Outcome:
@@ -157,6 +158,7 @@ def run_grounding(
       prior: of the training set, for the floor.
       against: folder of another checkpoint's run of the same records.
       limit: first records only.
+      by: key of the records; scores are told for each of its values too.
       batch_size: questions at a time.
       max_new_tokens: of an answer.
     """
@@ -167,7 +169,7 @@ def run_grounding(
     asked: list[Question] = []
 
     def shown() -> Iterable[Question]:
-        for question in questions(source, masks=masks, limit=limit):
+        for question in questions(source, masks=masks, limit=limit, by=by):
             keep = question.images if len(asked) < _PICTURES else ()
             asked.append(dataclasses.replace(question, images=keep))
             yield question
@@ -178,6 +180,10 @@ def run_grounding(
     _write_lines(out / grounding_file(name), lines)
     metrics = summary.metrics(name)
     rows = _summary_rows(summary, "policy")
+    for group in sorted({score.group for score in scores}) if by else ():
+        part = Summary.of([score for score in scores if score.group == group])
+        metrics |= part.metrics(f"{name}/{by}_{group}")
+        rows += _summary_rows(part, f"policy, {by} {group}")
     if prior is not None:
         floor = prior.floor([question.truth for question in asked])
         metrics |= floor.metrics(name, "_floor")

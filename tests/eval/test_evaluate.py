@@ -59,7 +59,8 @@ def records(tmp_path_factory):
         region = {"kind": "box", "coordinates": [[4 + i, 4], [20, 20]], "image": 0}
         answer = {"from": "gpt", "value": "<region>", "regions": [region]}
         asked = {"from": "human", "value": "<image>where?"}
-        lines.append(json.dumps({"image": f"{i}.png", "conversations": [asked, answer]}))
+        record = {"image": f"{i}.png", "conversations": [asked, answer], "things": 1 + i % 2}
+        lines.append(json.dumps(record))
     (folder / "boxes.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "boxes.jsonl"
 
@@ -70,6 +71,7 @@ def run(checkpoint, out, *flags):
 
 def test_grounding_and_tabletop(checkpoint, records, tmp_path, capsys):
     flags = ["--suite", "grounding", "tabletop", "--data", records, "--prior", records]
+    flags += ["--by", "things"]
     flags += ["--batch-size", 2, "--max-new-tokens", 4, "--tasks", "reach", "--episodes", 2]
     flags += ["--num-envs", 2, "--execute", 8, "--image-size", 56, "--ddim-steps", 2]
     assert run(checkpoint, tmp_path / "a", *flags) == 0
@@ -79,12 +81,16 @@ def test_grounding_and_tabletop(checkpoint, records, tmp_path, capsys):
     assert 0 <= metrics["eval/success/split/train"] <= 1
     assert summary["checkpoint_sha256"] == checkpoint_hash(checkpoint)
     assert summary["versions"] == versions()
-    answers = (tmp_path / "a" / "grounding_boxes.jsonl").read_text().splitlines()
-    assert [json.loads(a)["record"].rpartition(":")[2] for a in answers] == ["1", "2", "3"]
+    lines = (tmp_path / "a" / "grounding_boxes.jsonl").read_text().splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [a["record"].rpartition(":")[2] for a in answers] == ["1", "2", "3"]
+    assert [a["group"] for a in answers] == ["1", "2", "1"]
+    assert {metrics[f"eval/boxes/things_{n}/iou50"] for n in (1, 2)} == {0}
     episodes = [json.loads(e) for e in (tmp_path / "a" / "episodes.jsonl").read_text().splitlines()]
     assert sorted(e["seed"] for e in episodes) == [10**9, 10**9 + 1]
     assert all(e["settings"]["checkpoint_sha256"] == checkpoint_hash(checkpoint) for e in episodes)
     report = (tmp_path / "a" / "report.html").read_text()
+    assert "policy, things 2</td><td>IoU@0.5</td><td>0.00 [0.00, 0.79] n=1" in report
     assert "Grounding: boxes" in report and "Closed loop" in report and "[0.00, " in report
 
     # The same command finds its episodes; a comparison with itself finds no difference.
@@ -141,6 +147,8 @@ def test_bad_input(checkpoint, records, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(checkpoint, tmp_path / "o", "--suite", "grounding")
     assert "needs --data" in capsys.readouterr().err
+    assert run(checkpoint, tmp_path / "o", "--suite", "grounding", "--data", records, "--by", "x")
+    assert "boxes.jsonl:1 has no key 'x'" in capsys.readouterr().err
 
 
 def test_executors_by_flag():

@@ -203,13 +203,14 @@ def test_all_wrong_flags_are_named_at_once(tmp_path):
         main([f"--out={tmp_path / 'set'}"])
 
 
-def test_pictures_of_one_thing_are_a_set_of_their_own(tmp_path):
-    write_dataset(tmp_path / "set", episodes=0, generic=40, single=40, image_size=28)
-    sides = {
-        name: "Which side" in (tmp_path / "set" / name / "records.jsonl").read_text()
-        for name in ("generic", "single")
-    }
-    assert sides == {"generic": True, "single": False}
+def test_only_training_sets_have_lists(tmp_path):
+    def kinds(split):
+        out = tmp_path / split
+        write_dataset(out, episodes=0, generic=40, grounding=40, split=split, image_size=28)
+        files = [out / name / "records.jsonl" for name in ("generic", "grounding")]
+        return ['{\\"label\\": ' in file.read_text() for file in files]
+
+    assert kinds("train") == [True, True] and kinds("val") == [False, False]
 
 
 def test_a_split_leaves_out_tasks_it_means_nothing_for(tmp_path):

@@ -1,3 +1,4 @@
+import json
 import re
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 
 from configs.tabletop import get_config
 from st4vla_jax.data.llava import check_turns
+from st4vla_jax.tabletop import grounding
 from st4vla_jax.tabletop.generic import THINGS, generic_example
 from st4vla_jax.tabletop.grounding import (
     WAY_POINTS,
@@ -145,23 +147,48 @@ def test_the_box_of_an_answer_holds_the_colour_of_the_question(make):
     assert np.mean(np.array(shares) > 0.2) >= 0.97  # the gripper hides some
 
 
-def test_in_pictures_of_one_thing_there_is_nothing_to_choose():
-    asked = {
-        most: {generic_example(5, i, 28, "text", most).turns[0].text.split()[0] for i in range(80)}
-        for most in (1, 4)
-    }
-    assert asked == {1: {"<image>What"}, 4: {"<image>What", "<image>Which", "<image>How"}}
+def lists(make, **settings):
+    """Records that ask for everything."""
+    found = [make(2, index, size=28, **settings) for index in range(120)]
+    return [e for e in found if re.search("every (object|thing)", e.turns[0].text)]
 
 
-def test_lists_hold_a_labelled_box_for_every_object():
-    found = [robot_example(2, index, kind="box", size=28) for index in range(120)]
-    lists = [e for e in found if "every object" in e.turns[0].text]
-    assert len(lists) >= 3
-    for example in lists:
-        regions = example.turns[1].regions
+@pytest.mark.parametrize("make", [robot_example, generic_example])
+def test_lists_name_every_thing_before_its_box(make):
+    firsts = []
+    for example in lists(make):
+        text, regions = example.turns[1].text, example.turns[1].regions
         assert {region.kind for region in regions} == {"box"}
         assert len({region.label for region in regions}) == len(regions) >= 1
-        assert example.turns[1].text.count("<region>") == len(regions)
+        answer = json.loads(
+            text.removeprefix("```json").removesuffix("```").replace("<coordinates>", "[0]")
+        )
+        assert [one["label"] for one in answer] == [region.label for region in regions]
+        assert all(list(one) == ["label", "bbox_2d"] for one in answer)
+        lefts = [region.coordinates[0, 0] for region in regions]
+        firsts.append(len(lefts) > 1 and int(np.argmin(lefts) == 0))
+    assert len(firsts) >= 15 and 0.15 < np.mean(firsts) < 0.7  # in no order that tells the place
+    assert not lists(make, lists=False)
+
+
+def test_moments_do_not_tell_the_target_by_where_the_gripper_is(monkeypatch):
+    """The gripper goes to the target; in most pictures it must not be there yet."""
+    distances = []
+    original = grounding.tip_point
+
+    def noted(tip, size):
+        tips.append(original(tip, size))
+        return tips[-1]
+
+    monkeypatch.setattr(grounding, "tip_point", noted)
+    for index in range(200):
+        tips = []
+        example = robot_example(0, index, kind="box", tasks=("reach", "pick"))
+        if example.turns[0].text.endswith("Locate the key object."):
+            box = example.turns[1].regions[0].coordinates
+            distances.append(np.linalg.norm(tips[0] - box.mean(axis=0)))
+    assert len(distances) >= 50
+    assert np.mean(np.array(distances) > 10) > 0.55
 
 
 @pytest.mark.parametrize("make", [robot_example, generic_example])
