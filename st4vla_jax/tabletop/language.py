@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from st4vla_jax.data.answers import REGION, answer_text
 from st4vla_jax.tabletop.scene import Body, Scene
 from st4vla_jax.tabletop.tasks import Goal
 from st4vla_jax.tabletop.world import HANDLE
@@ -13,7 +14,13 @@ from st4vla_jax.tabletop.world import HANDLE
 STYLES = ("name", "attribute", "spatial")
 # The spatial prompt of the robot's samples, and of questions whose answer is the target's box: the
 # VLM looks for the target in a robot's prompt only if it was asked with these words.
-PROMPT = "{instruction}. Locate the key object."
+#
+# It ends as its answer begins, since a policy reads the prompt only: there the VLM looks up where a
+# box is.  In a tiny VLM that answers 998 of 1000 such questions, x of the target's middle is linear
+# in the hidden state of that token (R2 0.93, y 0.61), and not in that of the token before an answer
+# (0.30, 0.09).
+PROMPT = "{instruction}. Locate the key object.\n" + answer_text(1).partition(REGION)[0]
+PROMPT += '{"bbox_2d": ['
 
 # {a} what is moved, {b} where to; {in} is "on" for a plate.
 TEMPLATES: Mapping[str, tuple[str, ...]] = {

@@ -41,7 +41,8 @@ def word_tokenizer() -> Tokenizer:
 
 
 def _texts() -> Iterator[str]:
-    yield from (_PHRASES, PROMPT, BOX_QUESTION, POINT_QUESTION, TRACE_QUESTION)
+    yield PROMPT.partition("\n")[0]  # then JSON
+    yield from (_PHRASES, BOX_QUESTION, POINT_QUESTION, TRACE_QUESTION)
     yield from generic.PROMPTS
     yield from PROMPTS.values()
     yield from (*COLOURS, *SHAPES, *CONTAINERS, *generic.THINGS, *RELATIONS)
