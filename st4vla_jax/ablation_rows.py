@@ -222,7 +222,9 @@ class Plan:
         yield self._train(row.name, row.part, row.start, budget.row, budget.curve, row.settings)
         for step, out in self.answers(row.name)["generic"].items():
             yield self._evaluate(row.name, step, out, "grounding", *self._questions("generic"))
-        folder, loop = self.out / row.name, ("--tasks", *budget.tasks, "--splits")
+        # The nearer the gripper is, the better it is seen where to go: a new chunk at every step.
+        loop = ("--execute", 1, "--tasks", *budget.tasks, "--splits")
+        folder = self.out / row.name
         known = [s for s in HELD_OUT if any(s in splits_of(task) for task in budget.tasks)]
         yield self._evaluate(
             row.name, None, folder / FINAL, "grounding", "tabletop", *self._questions("robot"),
