@@ -4,13 +4,13 @@
 #   OUT=DIR    folder of everything that it makes (default runs/quickstart, runs/quickstart_smoke)
 #   VENV=DIR   virtual environment to make or reuse (default .venv)
 #   PYTHON=EXE interpreter to make it with (default python3; 3.11 or newer)
-# Run again, it goes on where it stopped.  Training starts from the tiny weights in
+# Run again, it goes on where it stopped.  Training goes on from the tiny weights in
 # st4vla_jax/tabletop/weights, as real training starts from Qwen2.5-VL and DINOv2.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 out=${OUT:-runs/quickstart${1:+_smoke}}
-episodes=400 grounding=2000 stage1=200 stage2=150 test_records=128 test_episodes=20
+episodes=400 grounding=4000 stage1=60 stage2=80 test_records=128 test_episodes=25
 batches=4 samples=32
 if [[ ${1:-} == --smoke ]]; then
     episodes=24 grounding=96 stage1=4 stage2=4 test_records=8 test_episodes=2
@@ -41,6 +41,7 @@ train() { # STAGE UPDATES [more settings]
     run "$python" -m st4vla_jax.train --config="configs/tabletop.py:stage$stage" \
         --workdir="$out/stage$stage" --config.steps="$updates" \
         --config.save_every="$((updates / 2))" --config.evaluation.every="$updates" \
+        --config.optim.warmup=10 --config.optim.groups.vlm.lr=1e-3 \
         --config.data.tokenizer="$out/data/tokenizer" \
         --config.data.sets.grounding.path="$out/data/grounding/records.jsonl" \
         --config.data.sets.grounding.images="$out/data/grounding" "$@"
@@ -48,7 +49,7 @@ train() { # STAGE UPDATES [more settings]
 
 say "1 of 6: a data set of robot episodes and grounding records, made here"
 run "$python" -m st4vla_jax.tabletop.dataset --episodes "$episodes" --grounding "$grounding" \
-    --tasks reach --out "$out/data"
+    --tasks reach pick --out "$out/data"
 
 say "2 of 6: stage 1, the VLM learns to answer with boxes, points and trajectories"
 train 1 "$stage1" --config.init.checkpoint="$weights"
@@ -59,11 +60,12 @@ train 2 "$stage2" --config.init.checkpoint="$weights" --config.init.vlm="$out/st
 checkpoint=$(find "$out/stage2/checkpoints" -maxdepth 1 -name '[0-9]*' | sort | tail -n 1)
 
 say "4 of 6: scores on scenes that were not trained on"
-run "$python" -m st4vla_jax.tabletop.dataset --grounding "$test_records" --seed 1 --out "$out/test"
+run "$python" -m st4vla_jax.tabletop.dataset --grounding "$test_records" --seed 1 --split val \
+    --tasks reach pick --out "$out/test"
 run "$python" -m st4vla_jax.evaluate --checkpoint "$checkpoint" --out "$out/evaluation" \
     --suite actions grounding tabletop --batches "$batches" --samples "$samples" \
     --data "$out/test/grounding/records.jsonl" --prior "$out/data/grounding/records.jsonl" \
-    --tasks reach --episodes "$test_episodes"
+    --tasks reach pick --splits val --episodes "$test_episodes" --execute 1
 
 say "5 of 6: export to PyTorch"
 run "$python" -m convert_weights.to_torch --checkpoint "$checkpoint" --out "$out/exported" \
@@ -80,14 +82,13 @@ from st4vla_jax.tabletop.environment import Tabletop
 
 folder = Path(sys.argv[1])
 folder.mkdir(exist_ok=True)
-observation = Tabletop(image_size=112).reset(seed=7, task="reach", split="val")
-for view, image in observation.images.items():
-    Image.fromarray(image).save(folder / f"{view}.png")
+observation = Tabletop(112, ("primary",)).reset(seed=7, task="reach", split="val")
+Image.fromarray(observation.images["primary"]).save(folder / "primary.png")
 (folder / "instruction.txt").write_text(observation.instruction)
 (folder / "state.txt").write_text(",".join(map(str, observation.state.tolist())))
 PYTHON
 run "$python" -m st4vla_jax.predict action --checkpoint "$checkpoint" \
-    --image "$out/snapshot/primary.png" --image "$out/snapshot/wrist.png" \
+    --image "$out/snapshot/primary.png" \
     --instruction "$(cat "$out/snapshot/instruction.txt")" \
     --state="$(cat "$out/snapshot/state.txt")" --out "$out/action.json"
 
