@@ -77,7 +77,7 @@ def train_config(**sets: dict) -> ConfigDict:
 
 
 def vlm_alone(config: ConfigDict) -> ConfigDict:
-    """Stage 1: no robot samples, no action expert, one group."""
+    """Stage 1: no robot samples, no action expert."""
     config.model.update({"dino": "", "dit": "", "bridge": ConfigDict()})
     config.data.schedule.robot_samples = 0
     for group in ("dino", "bridge", "dit"):

@@ -32,9 +32,9 @@ def make_config(is_vlm: bool, **sets: dict) -> ConfigDict:
     config.data.update({"system": "tabletop", "prompts": (PROMPT,)})
     config.data.schedule.update({"tokens": 128, "robot_samples": 32, "grounding_samples": 16})
     config.steps, config.save_every = 400, 200
-    config.evaluation.update({"every": 200, "samples": 16, "diagnostics": 100 * (not is_vlm)})
-    # AdamW has not learned in ten times the updates which thing words mean.
-    for group in (groups := config.optim.groups).values():
+    config.evaluation.update({"every": 200, "samples": 16, "diagnostics": 0 if is_vlm else 100})
+    groups = config.optim.groups
+    for group in groups.values():  # AdamW took ten times the updates to learn what words mean
         group.rule, group.lr = "muon", 2e-3
     groups.words = {**groups.vlm, "pattern": "vlm/language_model/embed_tokens/", "rule": "adam"}
     config.optim.update({"b1": 0.95, "warmup": 50})

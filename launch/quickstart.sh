@@ -41,7 +41,7 @@ train() { # STAGE UPDATES [more settings]
     run "$python" -m st4vla_jax.train --config="configs/tabletop.py:stage$stage" \
         --workdir="$out/stage$stage" --config.steps="$updates" \
         --config.save_every="$((updates / 2))" --config.evaluation.every="$updates" \
-        --config.optim.warmup=10 --config.optim.groups.vlm.lr=1e-3 \
+        --config.optim.warmup=10 \
         --config.data.tokenizer="$out/data/tokenizer" \
         --config.data.sets.grounding.path="$out/data/grounding/records.jsonl" \
         --config.data.sets.grounding.images="$out/data/grounding" "$@"
@@ -52,7 +52,8 @@ run "$python" -m st4vla_jax.tabletop.dataset --episodes "$episodes" --grounding 
     --tasks reach pick --out "$out/data"
 
 say "2 of 6: stage 1, the VLM learns to answer with boxes, points and trajectories"
-train 1 "$stage1" --config.init.checkpoint="$weights"
+train 1 "$stage1" --config.init.checkpoint="$weights" \
+    --config.optim.groups.vlm.lr=1e-3 --config.optim.groups.words.lr=5e-4
 
 say "3 of 6: stage 2, actions and grounding together"
 train 2 "$stage2" --config.init.checkpoint="$weights" --config.init.vlm="$out/stage1" \

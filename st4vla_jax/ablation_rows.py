@@ -6,12 +6,12 @@ Every job is a command that a user could type: data, `train` with configs/ablati
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from st4vla_jax.data.robot_spec import nearest
+from st4vla_jax.doctor import usable_cores
 from st4vla_jax.tabletop.sampling import SPLITS, splits_of
 from st4vla_jax.tabletop.tasks import TASKS
 from st4vla_jax.tabletop.words import FOLDER
@@ -200,8 +200,8 @@ class Plan:
 
     def _data(self) -> Iterator[Job]:
         budget = self.budget
-        workers = len(os.sched_getaffinity(0))  # the records do not depend on it
-        make = (*_python("st4vla_jax.tabletop.dataset"), "--workers", workers, "--out")
+        workers = ("--workers", usable_cores())  # the records do not depend on them
+        make = (*_python("st4vla_jax.tabletop.dataset"), *workers, "--out")
         train = ("--episodes", budget.episodes, "--grounding", budget.grounding)
         train += ("--generic", budget.generic, "--tasks", *budget.tasks)
         test = ("--grounding", budget.records, "--generic", budget.records)

@@ -210,9 +210,16 @@ def processes() -> Findings:
         yield Finding("processes", "ok", f"process {index} of {count}, coordinator at {host}")
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on; all of the host where the system does not tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def host(config: TrainConfig | None) -> Findings:
     """Cores, reader threads and memory of the host."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     threads = config.data.threads if config else 0
     text = f"{cores} cores" + (f" for {threads} reader threads (data.threads)" if config else "")
     if config and threads > 8 * cores:

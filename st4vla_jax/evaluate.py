@@ -3,7 +3,7 @@
 python -m st4vla_jax.evaluate --checkpoint DIR --out OUT --suite tabletop --tasks reach pick
     [--splits train ...] [--episodes 50] [--executor receding --execute 4] [--against OTHER_OUT]
 python -m st4vla_jax.evaluate --checkpoint DIR --out OUT --suite grounding --data TEST.jsonl
-    [--prior TRAIN.jsonl] [--masks FOLDER] [--coordinates fraction] [--limit N]
+    [--prior TRAIN.jsonl] [--masks FOLDER] [--coordinates fraction] [--limit N] [--by KEY]
 python -m st4vla_jax.evaluate --checkpoint WORKDIR --out OUT --suite actions
 
 Several suites may be given at once.  ``--checkpoint`` is a training run's workdir (its latest

@@ -27,7 +27,7 @@ def get_config(stage):
     pattern = "vlm/language_model/blocks/self_attn/[qkvo]_proj"
     config.lora = {"attention": {"pattern": pattern, "rank": 4}}
     groups = config.optim.groups
-    groups.vlm.freeze = True
+    groups.vlm.freeze = groups.words.freeze = True
     groups.adapters = {**groups.dit, "pattern": "vlm/.*/lora_[ab]$"}
     config.optim.ema = 0.5
     return config

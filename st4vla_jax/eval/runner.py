@@ -161,6 +161,9 @@ def run_grounding(
       by: key of the records; scores are told for each of its values too.
       batch_size: questions at a time.
       max_new_tokens: of an answer.
+
+    Raises:
+      BadRecordError, ValueError: see `questions`.
     """
     answerer = Answerer(
         policy.model.vlm, policy.tokenizer, system=policy.meta.prompt.system,
@@ -180,7 +183,8 @@ def run_grounding(
     _write_lines(out / grounding_file(name), lines)
     metrics = summary.metrics(name)
     rows = _summary_rows(summary, "policy")
-    for group in sorted({score.group for score in scores}) if by else ():
+    groups = {score.group for score in scores} if by else set()
+    for group in sorted(groups, key=lambda text: (len(text), text)):  # 2 before 10
         part = Summary.of([score for score in scores if score.group == group])
         metrics |= part.metrics(f"{name}/{by}_{group}")
         rows += _summary_rows(part, f"policy, {by} {group}")

@@ -53,7 +53,7 @@ from st4vla_jax.tabletop.words import FOLDER, word_tokenizer
 SETTINGS = "settings.json"
 
 _SHARD_EPISODES = 64
-_CHUNK = 4  # records that a worker makes at a time: a shard's episodes must do for 16 workers
+_CHUNK = _SHARD_EPISODES // 16  # records that a worker makes at a time: a shard does for 16
 _PROGRESS_SECONDS = 5.0
 _LOG = logging.getLogger(__name__)
 

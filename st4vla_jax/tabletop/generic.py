@@ -11,10 +11,10 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image, ImageDraw
 
-from st4vla_jax.data.answers import answer_text
+from st4vla_jax.data.answers import answer_text, labelled_answer
 from st4vla_jax.data.prompts import IMAGE
 from st4vla_jax.data.source import Region, Turn
-from st4vla_jax.tabletop.grounding import Example, labelled_answer
+from st4vla_jax.tabletop.grounding import Example
 from st4vla_jax.tabletop.render import shade
 from st4vla_jax.tabletop.scene import COLOURS, Outline, regular
 
@@ -30,7 +30,7 @@ _POINT_PROMPTS = (
     "Put your finger on {}. Answer in JSON.",
     "Which pixel shows the middle of {}? Answer in JSON.",
 )
-_LIST_PROMPT = "Detect every thing in this picture. JSON, please."
+_LIST_PROMPT = _BOX_PROMPTS[2].format("every thing")
 # All that is asked, with {} for things.
 PROMPTS = (*_BOX_PROMPTS, *_POINT_PROMPTS, _LIST_PROMPT)
 _SUPER = 2

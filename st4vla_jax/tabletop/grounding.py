@@ -7,13 +7,12 @@ is the right and lower edge of its last pixels.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from st4vla_jax.data.answers import COORDINATES, REGION, answer_text
+from st4vla_jax.data.answers import answer_text, labelled_answer
 from st4vla_jax.data.importers import BOX_QUESTION, POINT_QUESTION, TRACE_QUESTION
 from st4vla_jax.data.prompts import IMAGE, PromptConfig, spatial_prompt
 from st4vla_jax.data.source import Region, Turn
@@ -42,7 +41,8 @@ class Example:
     Attributes:
       image: u8[h,w,3].
       turns: one question and its answer.
-      info: further keys of the record, as JSON; "box" is the target's where the answer is a point.
+      info: further keys of the record, as JSON; "things": how many lie there (a slider is none);
+        "box": the target's where the answer is a point.
     """
 
     image: np.ndarray
@@ -95,21 +95,6 @@ def _inside(points: Any, size: int) -> np.ndarray:
 
 
 # --- Records ------------------------------------------------------------------------------------
-
-
-def labelled_answer(names: Sequence[str]) -> str:
-    """The text of a list with a placeholder for each name's box, the name before the box.
-
-    differs: Qwen2.5-VL writes the box first.  A tiny model learns from such lists, in any order of
-    the things, which of them words mean: the name stands right before the numbers.  On generic
-    pictures boxes of named things (IoU@0.5, up to four things) came to 0.9 after 500 updates of 256
-    records, half of them lists; without lists 14,000 updates ended at the share that guesses.
-    """
-    text = answer_text(len(names))
-    for name in names:
-        region = f'{{"label": {json.dumps(name)}, "bbox_2d": {COORDINATES}}}'
-        text = text.replace(REGION, region, 1)
-    return text
 
 
 def robot_example(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from st4vla_jax.data.answers import REGION, answer_text
+from st4vla_jax.data.answers import answer_opening
 from st4vla_jax.tabletop.scene import Body, Scene
 from st4vla_jax.tabletop.tasks import Goal
 from st4vla_jax.tabletop.world import HANDLE
@@ -19,8 +19,7 @@ STYLES = ("name", "attribute", "spatial")
 # box is.  In a tiny VLM that answers 998 of 1000 such questions, x of the target's middle is linear
 # in the hidden state of that token (R2 0.93, y 0.61), and not in that of the token before an answer
 # (0.30, 0.09).
-PROMPT = "{instruction}. Locate the key object.\n" + answer_text(1).partition(REGION)[0]
-PROMPT += '{"bbox_2d": ['
+PROMPT = "{instruction}. Locate the key object.\n" + answer_opening("box")
 
 # {a} what is moved, {b} where to; {in} is "on" for a plate.
 TEMPLATES: Mapping[str, tuple[str, ...]] = {

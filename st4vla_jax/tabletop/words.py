@@ -10,12 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from st4vla_jax.data.answers import COORDINATES, REGION, answer_text
+from st4vla_jax.data.answers import COORDINATES, REGION, answer_text, labelled_answer
 from st4vla_jax.data.importers import BOX_QUESTION, POINT_QUESTION, TRACE_QUESTION
 from st4vla_jax.data.prompts import TEMPLATES as PROMPTS
 from st4vla_jax.data.tokenizer import Tokenizer, byte_level_tokenizer
 from st4vla_jax.tabletop import generic
-from st4vla_jax.tabletop.grounding import labelled_answer
 from st4vla_jax.tabletop.language import PARAPHRASES, PROMPT, RELATIONS, TEMPLATES
 from st4vla_jax.tabletop.scene import COLOURS, CONTAINERS, SHAPES
 
@@ -37,6 +36,7 @@ def word_tokenizer() -> Tokenizer:
     words = {word for text in _texts() for word in re.findall(r"[A-Za-z]{2,}", text)}
     words |= {f" {word}" for word in words}
     numbers = [str(number) for number in range(10, NUMBERS)]  # a digit is a byte
+    # New pieces go to the end: the ids of the others are those of trained weights.
     return byte_level_tokenizer((*_json_pieces(), *numbers, *sorted(words), *_label_pieces()))
 
 

@@ -17,15 +17,16 @@ import orbax.checkpoint as ocp
 
 from st4vla_jax.metrics import is_wall_clock, read_metrics
 from st4vla_jax.tabletop.dataset import write_dataset
+from st4vla_jax.tabletop.words import FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 SMALL = {
     "steps": STEPS, "save_every": 2, "log.every": 1, "evaluation.every": 0,
     "evaluation.diagnostics": 0, "loss.repeats": 1, "data.schedule.robot_samples": 2,
-    "data.schedule.grounding_samples": 2, "data.schedule.tokens": 256, "data.schedule.views": 1,
+    "data.schedule.grounding_samples": 2, "data.schedule.tokens": 256,
     "data.schedule.window": 4, "data.schedule.multiple": 4, "data.image.size": "(56,56)",
-    "data.image.max_pixels": 3136, "data.sets.tabletop.views": "('primary',)", "optim.warmup": 2,
+    "data.image.max_pixels": 3136, "optim.warmup": 2,
     "log.tensorboard": False, "model.dino": "tiny", "model.dit": "tiny",
 }  # fmt: skip
 
@@ -41,6 +42,7 @@ def arguments(
 ) -> list[str]:
     """Command line of a small stage-2 run; settings by dotted name override `SMALL`."""
     paths = {
+        "data.tokenizer": data / FOLDER,
         "data.sets.tabletop.path": data / "tabletop/1.0.0",
         "data.sets.grounding.path": data / "grounding/records.jsonl",
         "data.sets.grounding.images": data / "grounding",
