@@ -117,7 +117,10 @@ def test_held_out_actions_of_a_run(tmp_path, capsys):
     config.data.sets.grounding.path = str(tmp_path / "data" / "grounding" / "records.jsonl")
     config.data.sets.grounding.images = str(tmp_path / "data" / "grounding")
     config.data.sets.grounding.holdout = 0.4
+    with config.unlocked():
+        config.data.sets.tabletop.views = ("wrist", "primary")
     config.data.schedule.update({"robot_samples": 4, "grounding_samples": 2, "window": 2})
+    config.data.schedule.update({"tokens": 640, "views": 2})  # bytes are tokens here
     record = {"format_version": 1, "step": 0, "metrics": {}, "run": {"config": plain(config)}}
     statistics = json.dumps({"tabletop": ENTRY}).encode()
     files = {"train.json": json.dumps(record).encode(), "dataset_statistics.json": statistics}
@@ -131,7 +134,7 @@ def test_held_out_actions_of_a_run(tmp_path, capsys):
     assert metrics["eval/text_loss"] > 0
     # With the checkpoint's statistics (-0.5 and 0.5) small moves stay small: q99 scales by 2.
     assert metrics["eval/action_mse_zero_baseline"] < 0.5
-    assert evaluate.trained_views(folder) == ("primary", "wrist")
+    assert evaluate.trained_views(folder) == ("wrist", "primary")
 
 
 def test_bad_input(checkpoint, records, tmp_path, capsys):
