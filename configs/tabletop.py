@@ -34,7 +34,7 @@ def make_config(is_vlm: bool, **sets: dict) -> ConfigDict:
     config.steps, config.save_every = 400, 200
     config.evaluation.update({"every": 200, "samples": 16, "diagnostics": 0 if is_vlm else 100})
     groups = config.optim.groups
-    for group in groups.values():  # AdamW took ten times the updates to learn what words mean
+    for group in groups.values():  # AdamW had not learned words in five times the updates
         group.rule, group.lr = "muon", 2e-3
     groups.words = {**groups.vlm, "pattern": "vlm/language_model/embed_tokens/", "rule": "adam"}
     config.optim.update({"b1": 0.95, "warmup": 50})
