@@ -7,6 +7,7 @@ is the right and lower edge of its last pixels.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -131,9 +132,9 @@ def robot_example(
     kind = kind or str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
     while True:
         task = known[rng.integers(len(known))]
-        moment = _Moment(rng, sample(rng, task, split), MAX_STEPS[task], size, lists)
+        moment = _Moment(rng, sample(rng, task, split), MAX_STEPS[task], size)
         found = {
-            "box": moment.box,
+            "box": functools.partial(moment.box, lists),
             "point": moment.point,
             "trajectory": moment.trace,
             "relation": moment.words,
@@ -152,10 +153,8 @@ _Found = tuple[str, str, tuple[Region, ...], dict[str, Any]]
 class _Moment:
     """A moment of an undisturbed demonstration: the picture, and what comes after."""
 
-    def __init__(
-        self, rng: np.random.Generator, start: Assignment, steps: int, size: int, lists: bool
-    ) -> None:
-        self.rng, self.size, self.instruction, self.lists = rng, size, start.instruction, lists
+    def __init__(self, rng: np.random.Generator, start: Assignment, steps: int, size: int) -> None:
+        self.rng, self.size, self.instruction = rng, size, start.instruction
         world, progress = World(start.scene, start.tip), Progress(start.goals)
         self.scene, self.tip, self.goal = start.scene, start.tip, progress.goal
         renderer = Renderer(size, ("primary",))
@@ -201,13 +200,13 @@ class _Moment:
         choices = [(i, text) for i, styles in self.styles.items() for text in styles[style]]
         return choices[self.rng.integers(len(choices))] if choices else None
 
-    def box(self) -> _Found | None:
-        """The box of something named, of what a robot's prompt is about, or of everything."""
+    def box(self, lists: bool) -> _Found | None:
+        """The box of something named, of what a robot's prompt is about, or (lists) of all."""
         draw = self.rng.random()
         if draw < 0.45:
             question = spatial_prompt(self.instruction, PromptConfig(PROMPT))
             return question, answer_text(1), (Region("box", self.boxes[self.target]),), {}
-        if draw < 0.7 and self.lists:
+        if draw < 0.7 and lists:
             return self._list()
         if (found := self._phrase()) is None:
             return None

@@ -10,7 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from st4vla_jax.data.answers import COORDINATES, REGION, answer_text, labelled_answer
+from st4vla_jax.data.answers import (
+    COORDINATES,
+    REGION,
+    answer_opening,
+    answer_text,
+    labelled_answer,
+)
 from st4vla_jax.data.importers import BOX_QUESTION, POINT_QUESTION, TRACE_QUESTION
 from st4vla_jax.data.prompts import TEMPLATES as PROMPTS
 from st4vla_jax.data.tokenizer import Tokenizer, byte_level_tokenizer
@@ -21,7 +27,6 @@ from st4vla_jax.tabletop.scene import COLOURS, CONTAINERS, SHAPES
 NUMBERS = 128  # pixels of pictures up to this side are one token; larger ones are split
 FOLDER = "tokenizer"  # in a data set of `tabletop.dataset`
 
-_KEYS = ("bbox_2d", "point_2d")
 # What `language`, `grounding` and `generic` say besides their templates.
 _PHRASES = """
 system tabletop user assistant the a object objects thing things slider largest smallest big small
@@ -55,9 +60,10 @@ def _json_pieces() -> list[str]:
     start, end = answer_text(1).split(REGION)
     between = answer_text(2).split(REGION)[1]
     pieces = [", ", "], [", "]}", f"]}}{end}", '], "label": "', '"}', f'"}}{end}']
-    for key in _KEYS:
-        pieces += [f'{start}{{"{key}": [', f'{between}{{"{key}": [']
-        pieces += [f']}}{between}{{"{key}": [', f'"}}{between}{{"{key}": [']
+    for kind in ("box", "point"):
+        opening = answer_opening(kind)
+        key = opening.removeprefix(start)
+        pieces += [opening, f"{between}{key}", f"]}}{between}{key}", f'"}}{between}{key}']
     return pieces
 
 
